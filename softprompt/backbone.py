@@ -1,0 +1,251 @@
+"""A frozen model with a verified identity.
+
+Loading reads safetensors only and runs no code that comes with a model. The identity is the SHA-256 of the weights
+and of the tokenizer as they are stored, so it does not depend on the type they are computed in. A numeric self-check
+decides at loading which composition the model allows.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt.composition import Compose, Example, collate, concatenate, shared_prefix
+from softprompt.errors import UserError
+from softprompt.packages import file_sha256, move_in, writing_below
+
+# Largest deviation of the shared prefix from the formula, relative to what the prompt changes, that is rounding.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
+
+_NOTE = "converted.json"
+"""Beside a converted copy: the SHA-256 of each of its files."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen causal language model, its tokenizer, and what identifies them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights_sha256: str
+    tokenizer_sha256: str
+    reference: dict[str, Any] = field(default_factory=dict)
+    """Where the model can be had again, as plain data; its author gives it meaning."""
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Freeze a model that is in memory already; its weights are hashed as they are."""
+        model.requires_grad_(False).eval()
+        weights = hash_tensors(sorted(model.state_dict().items()))
+        return cls(model, tokenizer, weights, hash_tokenizer(tokenizer))
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        precision: str = "bfloat16",
+        device: str = "auto",
+        reference: dict[str, Any] | None = None,
+    ) -> Self:
+        """Load a folder that holds a config, safetensors weights and a tokenizer.
+
+        Args:
+            folder: as `save_pretrained` writes it.
+            precision: `bfloat16` or `float32`, the type of the frozen weights.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            reference: where the model can be had again; the folder by default.
+
+        Raises UserError where the folder is no such model.
+        """
+        folder = Path(folder)
+        weights = hash_folder(folder)
+        place = pick_device(device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, precision),
+                use_safetensors=True,
+                # On a CPU the fused attention's backward is the slow part of short sequences.
+                attn_implementation="eager" if place.type == "cpu" else "sdpa",
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be loaded as a causal language model: {_one_line(error)}") from error
+        model.requires_grad_(False).eval().to(place)
+        reference = reference or {"kind": "local", "path": str(folder.absolute())}
+        return cls(model, tokenizer, weights, hash_tokenizer(tokenizer), reference)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and all of its tensors."""
+        return self.model.device
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of an embedding."""
+        return int(self.embeddings.shape[1])
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The frozen table E, `[V, H]`."""
+        return self.model.get_input_embeddings().get_parameter("weight")
+
+    @property
+    def pad(self) -> int:
+        """A token id for padding; which one is indifferent, because nothing reads it."""
+        return self.tokenizer.pad_token_id or 0
+
+    @cached_property
+    def composition(self) -> Compose:
+        """The shared prefix where it is exact for this model, else the plain concatenation."""
+        return shared_prefix if self.deviation <= _TOLERANCE[self.model.dtype] else concatenate
+
+    @property
+    def composition_name(self) -> str:
+        """The composition in words."""
+        return "shared prefix" if self.composition is shared_prefix else "concatenation"
+
+    @cached_property
+    def deviation(self) -> float:
+        """How far the shared prefix is from the formula on a few random rows, relative to what the prompts change.
+
+        Rounding in bfloat16 gives a few percent; states that are not those of the formula give more than half, and a
+        model that cannot be run with a kept prefix at all gives infinity.
+        """
+        random = torch.Generator().manual_seed(0)
+        spread = self.embeddings.float().std().cpu()
+        prompts = [(torch.randn(p, self.hidden_size, generator=random) * spread).to(self.device) for p in (3, 5)]
+        rows = [torch.randint(len(self.embeddings), (t,), generator=random).tolist() for t in (4, 7, 6)]
+        examples = [Example(tuple(row[:-2]), tuple(row[-2:])) for row in rows]
+        batch = collate(examples, [0, 1, 0], pad=self.pad, device=self.device)
+        with torch.inference_mode():
+            plain = concatenate(self.model, prompts, batch).float()
+            without = concatenate(self.model, [prompt[:0] for prompt in prompts], batch).float()
+            try:
+                shared = shared_prefix(self.model, prompts, batch).float()
+            except (AttributeError, TypeError, ValueError, RuntimeError):
+                return float("inf")
+        return float((shared - plain).norm() / (without - plain).norm())
+
+    def weights_in_memory_sha256(self) -> str:
+        """The hash of the weights as they are now; equal before and after anything that we do."""
+        return hash_tensors(sorted(self.model.state_dict().items()))
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that `auto` stands for, or the one named; UserError where the machine has none such."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: {device!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    available = counts.get(place.type, 1)
+    if (place.index or 0) >= available:
+        raise UserError(
+            f"device: {device} is not there, this machine has {available} {place.type.upper()} devices; use auto"
+        )
+    return place
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, which come in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 of the safetensors weights in a folder, however they are cut into files.
+
+    Raises UserError where the folder holds none, or a damaged one.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no *.safetensors weights; give a folder that save_pretrained wrote")
+    try:
+        with ExitStack() as stack:
+            shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            where = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118
+            return hash_tensors((name, where[name].get_tensor(name)) for name in sorted(where))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: its weights cannot be read: {_one_line(error)}") from None
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer: its vocabulary, merges, normalisation and special tokens."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
+    else:
+        content = {"vocabulary": tokenizer.get_vocab()}
+    content["special"] = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def convert_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
+    """The folder of a GGUF file's weights, unpacked to float32 safetensors; converted once, then kept.
+
+    Args:
+        file: the GGUF file.
+        sha256: its hash, already verified; the converted copy is kept under it.
+        cache: where converted copies are kept.
+
+    A kept copy that is not, byte for byte, what was written is made anew. Raises UserError where the file is no GGUF
+    file of a causal language model, or the cache cannot be written.
+    """
+    folder = cache / "weights" / sha256
+    if _is_sound(folder):
+        return folder
+    model, tokenizer = _read_gguf(file)
+    with writing_below(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
+            made = Path(temporary) / "made"
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            (made / _NOTE).write_text(json.dumps(_hash_files(made), indent=1))
+            move_in(made, folder, keep=lambda: _is_sound(folder))
+    return folder
+
+
+def _read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        return model, AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise UserError(f"{file}: cannot be read as the GGUF file of a language model: {_one_line(error)}") from error
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a converted copy is what was written."""
+    try:
+        return bool(json.loads((folder / _NOTE).read_text(encoding="utf-8")) == _hash_files(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.name != _NOTE}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

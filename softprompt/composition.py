@@ -1,0 +1,160 @@
+"""The formula, `X = [p_0 … p_{P-1}; e_0 … e_{T-1}]`, as pure functions from prompts and tokens to logits.
+
+    K prompts side by side   B examples per prompt   N rows of a batch, the B of every prompt together
+    P prompt length          T input tokens          H hidden size          V vocabulary
+
+Two compositions compute the same logits. `concatenate` is the formula as written. `shared_prefix` computes the
+states at a prompt's positions once per prompt: in a causal model they depend on nothing after them, so every example
+attends to the same keys and values. Which one a model allows is decided by a number (`Backbone.composition`), never
+by its name.
+
+Rows are padded on the right, where a causal model never looks; prompts of different length on the left, masked.
+Nothing here chooses data, trains or scores.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input and the target that the model is to continue it with, as token ids."""
+
+    inputs: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """N rows, each owned by one prompt, and the M places in them from which a target token is predicted."""
+
+    tokens: Tensor
+    """`[N, T]` input and target but its last token, padded on the right."""
+    lengths: Tensor
+    """`[N]` tokens of each row that are no padding."""
+    owner: Tensor
+    """`[N]` index of the row's prompt among the K."""
+    rows: Tensor
+    """`[M]` row of each predicting place."""
+    columns: Tensor
+    """`[M]` column of each predicting place in `tokens`."""
+    targets: Tensor
+    """`[M]` token id that is to be predicted there."""
+
+
+def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, device: torch.device) -> Batch:
+    """Lay N examples out as a `Batch`; `owner[n]` is the prompt of example n."""
+    lines = [[*e.inputs, *e.target[:-1]] for e in examples]
+    longest = max(map(len, lines))
+    places = [(n, len(e.inputs) - 1 + t, token) for n, e in enumerate(examples) for t, token in enumerate(e.target)]
+    rows, columns, targets = torch.tensor(places, dtype=torch.long).T
+    tokens = torch.tensor([line + [pad] * (longest - len(line)) for line in lines])
+    lengths = torch.tensor([len(line) for line in lines])
+    parts = (tokens, lengths, torch.tensor(owner), rows, columns, targets)
+    return Batch(*(part.to(device, non_blocking=True) for part in parts))
+
+
+class Compose(Protocol):
+    """What the two compositions have in common."""
+
+    def __call__(self, model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Logits `[M, V]` at the batch's predicting places; `prompts` holds K tensors `[P_k, H]`, P_k may be 0."""
+
+
+def concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
+    """The formula as written: every row carries its own copy of its prompt.
+
+    A prompt shorter than the longest is padded on its left, so that prompt and tokens stay joined.
+    """
+    prefix, mask = _pad_left(prompts, model)
+    width = prefix.shape[1]
+    embeds = torch.cat([prefix[batch.owner], model.get_input_embeddings()(batch.tokens)], dim=1)
+    tokens = torch.arange(batch.tokens.shape[1], device=mask.device) < batch.lengths[:, None]
+    mask = torch.cat([mask[batch.owner], tokens.to(mask.dtype)], dim=1)
+    keep, place = torch.unique(batch.columns + width, return_inverse=True)
+    logits: Tensor = model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=_positions(mask),
+        use_cache=False,
+        logits_to_keep=keep,
+    ).logits
+    return logits[batch.rows, place]
+
+
+def shared_prefix(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Each prompt passes the model once, and its rows attend to the states it leaves. Causal models only."""
+    return attend(model, prefix_states(model, prompts), batch)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStates:
+    """The keys and values that K prompts leave in every layer; what inference computes once and keeps."""
+
+    cache: Cache | None
+    """One row per prompt; None where all prompts are empty."""
+    mask: Tensor
+    """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
+
+
+def prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
+    """Run K prompts `[P_k, H]` through the model, once each."""
+    prefix, mask = _pad_left(prompts, model)
+    if prefix.shape[1] == 0:
+        return PrefixStates(None, mask)
+    output = model(
+        inputs_embeds=prefix,
+        attention_mask=None if bool(mask.all()) else mask,
+        position_ids=_positions(mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return PrefixStates(output.past_key_values, mask)
+
+
+def attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:
+    """Logits `[M, V]` of the batch's rows, each after the states of the prompt that owns it."""
+    width = batch.tokens.shape[1]
+    mask = states.mask[batch.owner]
+    ragged = not bool(states.mask.all())
+    keep, place = torch.unique(batch.columns, return_inverse=True)
+    logits: Tensor = model(
+        input_ids=batch.tokens,
+        # Right padding needs no mask: the columns after a row's end are read by nobody.
+        attention_mask=nn.functional.pad(mask, (0, width), value=1) if ragged else None,
+        position_ids=mask.sum(1, keepdim=True) + torch.arange(width, device=mask.device),
+        past_key_values=_rows_of(states.cache, batch.owner),
+        use_cache=states.cache is not None,
+        logits_to_keep=keep,
+    ).logits
+    return logits[batch.rows, place]
+
+
+def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:
+    if cache is None:
+        return None
+    rows = copy.copy(cache)
+    rows.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in rows.layers:
+        # A layer that keeps no keys and values has no such method: the self-check takes that for an answer.
+        layer.batch_select_indices(owner)  # type: ignore[union-attr]
+    return rows
+
+
+def _pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """`[K, P, H]` in the model's type and `[K, P]` ones and zeros, P being the longest of the lengths."""
+    longest = max(len(p) for p in prompts)
+    prefix = torch.stack([nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts])
+    lengths = torch.tensor([[len(p)] for p in prompts], device=prefix.device)
+    columns = torch.arange(longest, device=prefix.device)
+    return prefix.to(model.dtype), (columns >= longest - lengths).long()
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,206 @@
+"""The formula: both compositions against each other, against PEFT, and against themselves in other company."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+
+from softprompt.backbone import Backbone
+from softprompt.composition import (
+    Batch,
+    Compose,
+    Example,
+    attend,
+    collate,
+    concatenate,
+    prefix_states,
+    shared_prefix,
+)
+from tests.tiny import tiny_backbone, tiny_model
+
+SHARED = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "opt", "bloom", "falcon"]
+CPU = torch.device("cpu")
+# PEFT, about its own look at the model
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
+
+backbone = cache(tiny_backbone)
+
+
+def draw_prompts(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [0.3 * torch.randn(length, 32, generator=generator) for length in lengths]
+
+
+def draw_examples(sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(370, (count,), generator=generator).tolist())
+
+    return [Example(tokens(inputs), tokens(target)) for inputs, target in sizes]
+
+
+def lay_out(examples: Sequence[Example], owner: Sequence[int], pad: int = 0) -> Batch:
+    return collate(examples, owner, pad=pad, device=CPU)
+
+
+def run(compose: Compose, base: Backbone, prompts: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Logits, loss, and the loss's gradients with respect to the prompts."""
+    parameters = [nn.Parameter(prompt.clone()) for prompt in prompts]
+    logits = compose(base.model, parameters, batch)
+    loss = nn.functional.cross_entropy(logits, batch.targets)
+    if not any(map(len, prompts)):
+        return logits, loss, prompts  # nothing to learn, and no graph
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return logits.detach(), loss.detach(), list(gradients)
+
+
+def assert_same(one: tuple[Tensor, Tensor, list[Tensor]], other: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    assert_close(one, other)
+
+
+def test_collate_lays_out_inputs_and_all_but_the_last_target_token() -> None:
+    batch = lay_out([Example((5, 6, 7), (8,)), Example((9,), (10, 11, 12))], [1, 0], pad=3)
+    assert batch.tokens.tolist() == [[5, 6, 7], [9, 10, 11]]
+    assert batch.lengths.tolist() == [3, 3]
+    assert batch.owner.tolist() == [1, 0]
+    assert list(zip(batch.rows.tolist(), batch.columns.tolist(), batch.targets.tolist(), strict=True)) == [
+        (0, 2, 8),
+        (1, 0, 10),
+        (1, 1, 11),
+        (1, 2, 12),
+    ]
+
+
+def test_collate_pads_on_the_right() -> None:
+    batch = lay_out([Example((5,), (6,)), Example((7, 8, 9), (6,))], [0, 0], pad=3)
+    assert batch.tokens.tolist() == [[5, 3, 3], [7, 8, 9]]
+    assert batch.lengths.tolist() == [1, 3]
+
+
+def test_the_formula_is_the_prompt_before_the_embeddings() -> None:
+    """One row, one prompt: nothing but a forward pass over [p; E[tokens]] and a look at its last places."""
+    model = backbone("llama").model
+    (prompt,), (example,) = draw_prompts([3]), draw_examples([(5, 2)])
+    embedded = model.get_input_embeddings()(torch.tensor([*example.inputs, example.target[0]]))
+    expected = model(inputs_embeds=torch.cat([prompt, embedded])[None]).logits[0, -2:]
+    batch = lay_out([example], [0])
+    assert_close(concatenate(model, [prompt], batch), expected)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_both_compositions_agree(kind: str) -> None:
+    base = backbone(kind)
+    assert base.composition is shared_prefix
+    batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)]), [1, 0, 2, 1])
+    prompts = draw_prompts([2, 6, 0])
+    assert_same(run(concatenate, base, prompts, batch), run(shared_prefix, base, prompts, batch))
+
+
+def test_both_compositions_agree_where_the_prompt_is_longer_than_the_attention_window() -> None:
+    base = tiny_backbone("mistral", sliding_window=3)
+    batch = lay_out(draw_examples([(4, 1), (7, 3)]), [1, 0])
+    prompts = draw_prompts([2, 6])
+    assert_same(run(concatenate, base, prompts, batch), run(shared_prefix, base, prompts, batch))
+
+
+@cache
+def peft_model(kind: str, length: int) -> PeftModel:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    model = get_peft_model(tiny_model(kind), config)
+    assert isinstance(model, PeftModel)
+    return model.eval()
+
+
+def run_peft(kind: str, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+    model = peft_model(kind, len(prompt))
+    weight = model.get_parameter("prompt_encoder.default.embedding.weight")
+    weight.data.copy_(prompt)
+    mask = (torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).long()
+    logits = model(input_ids=batch.tokens, attention_mask=mask).logits[batch.rows, len(prompt) + batch.columns]
+    loss = nn.functional.cross_entropy(logits, batch.targets)
+    return logits.detach(), loss.detach(), list(torch.autograd.grad(loss, [weight]))
+
+
+@pytest.mark.parametrize("compose", [concatenate, shared_prefix])
+@pytest.mark.parametrize("kind", SHARED)
+def test_peft_computes_the_same(kind: str, compose: Compose) -> None:
+    batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)]), [0] * 4)
+    (prompt,) = draw_prompts([5])
+    assert_same(run(compose, backbone(kind), [prompt], batch), run_peft(kind, prompt, batch))
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]], list[int], int]:
+    """Lengths of K prompts, sizes of N examples, their owners, and a seed."""
+    lengths = draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))
+    sizes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=6))
+    owner = draw(st.lists(st.integers(0, len(lengths) - 1), min_size=len(sizes), max_size=len(sizes)))
+    return lengths, sizes, owner, draw(st.integers(0, 1000))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+@given(task=tasks())
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+def test_any_prompts_and_rows_agree(kind: str, task: tuple[list[int], list[tuple[int, int]], list[int], int]) -> None:
+    lengths, sizes, owner, seed = task
+    base, batch, prompts = backbone(kind), lay_out(draw_examples(sizes, seed), owner), draw_prompts(lengths, seed)
+    assert_same(run(concatenate, base, prompts, batch), run(shared_prefix, base, prompts, batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "compose"),
+    [("llama", shared_prefix), ("llama", concatenate), ("opt", shared_prefix), ("mamba", concatenate)],
+)
+@given(task=tasks())
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+def test_a_row_does_not_depend_on_its_company(
+    kind: str, compose: Compose, task: tuple[list[int], list[tuple[int, int]], list[int], int]
+) -> None:
+    lengths, sizes, owner, seed = task
+    model, examples, prompts = backbone(kind).model, draw_examples(sizes, seed), draw_prompts(lengths, seed)
+    with torch.no_grad():
+        together = compose(model, prompts, lay_out(examples, owner))
+        alone = [
+            compose(model, [prompts[k]], lay_out([example], [0])) for example, k in zip(examples, owner, strict=True)
+        ]
+    assert_close(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    ("kind", "compose"),
+    [("llama", shared_prefix), ("llama", concatenate), ("bert", concatenate)],  # bert looks ahead, and must be told
+)
+def test_padding_is_never_read(kind: str, compose: Compose) -> None:
+    examples, prompts = draw_examples([(2, 1), (9, 2)]), draw_prompts([4, 1])
+    zeros, others = (compose(backbone(kind).model, prompts, lay_out(examples, [0, 1], pad=p)) for p in (0, 77))
+    assert_close(zeros, others)
+
+
+def test_kept_states_serve_many_batches_and_stay_as_they_are() -> None:
+    model = backbone("llama").model
+    batch, other = lay_out(draw_examples([(4, 1), (7, 2)]), [0, 1]), lay_out(draw_examples([(3, 1)] * 5), [1] * 5)
+    with torch.no_grad():
+        states = prefix_states(model, draw_prompts([3, 5]))
+        first = attend(model, states, batch)
+        attend(model, states, other)
+        assert torch.equal(attend(model, states, batch), first)
+    assert states.cache is not None
+    assert states.cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("compose", [concatenate, shared_prefix])
+def test_only_prompts_receive_gradients_and_the_weights_stay(compose: Compose) -> None:
+    base = tiny_backbone()
+    batch = lay_out(draw_examples([(4, 1), (7, 2)]), [0, 1])
+    prompts = [nn.Parameter(prompt) for prompt in draw_prompts([3, 5])]
+    nn.functional.cross_entropy(compose(base.model, prompts, batch), batch.targets).backward()
+    assert all(prompt.grad is not None and prompt.grad.abs().sum() > 0 for prompt in prompts)
+    assert all(weight.grad is None for weight in base.model.parameters())
+    assert base.weights_in_memory_sha256() == base.weights_sha256

@@ -1,0 +1,113 @@
+"""Scores of labels, against plain loops over rows, labels and tokens."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from softprompt.composition import Example, collate, concatenate
+from softprompt.inference import Classifier, Labels, Scores
+from tests.tiny import tiny_backbone
+
+backbone = cache(tiny_backbone)
+SINGLE: Labels = [(300,), (301,), (302,)]
+SEVERAL: Labels = [(300, 301), (310,), (320, 321, 322)]
+
+
+def draw_prompt(length: int) -> torch.Tensor:
+    return 0.3 * torch.randn(length, 32, generator=torch.Generator().manual_seed(0))
+
+
+def draw_inputs(count: int = 150) -> list[tuple[int, ...]]:
+    """More rows than one pass takes, of lengths that are not in order."""
+    random = np.random.default_rng(0)
+    return [tuple(random.integers(3, 370, size=random.integers(1, 12)).tolist()) for _ in range(count)]
+
+
+def brute_force(
+    kind: str, prompt: torch.Tensor, labels: Labels, inputs: Sequence[tuple[int, ...]]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """One row, one label at a time, by the formula as written."""
+    base = backbone(kind)
+    scores = np.empty((len(inputs), len(labels)))
+    legal = np.zeros(len(inputs), bool)
+    for n, row in enumerate(inputs):
+        for c, label in enumerate(labels):
+            batch = collate([Example(row, label)], [0], pad=0, device=torch.device("cpu"))
+            with torch.inference_mode():
+                logits = concatenate(base.model, [prompt], batch)
+            scores[n, c] = sum(logits.log_softmax(1)[t, token].item() for t, token in enumerate(label))
+            legal[n] |= logits.argmax(1).tolist() == list(label)
+    return scores, legal
+
+
+@pytest.mark.parametrize("labels", [SINGLE, SEVERAL], ids=["single", "several"])
+@pytest.mark.parametrize("length", [0, 5])
+@pytest.mark.parametrize("kind", ["llama", "mamba"])  # one that shares the prefix, and one that cannot
+def test_scores_are_those_of_a_plain_loop(kind: str, length: int, labels: Labels) -> None:
+    prompt, inputs = draw_prompt(length), draw_inputs(70)
+    scores = Classifier(backbone(kind), prompt, labels).score(inputs)
+    expected, legal = brute_force(kind, prompt, labels, inputs)
+    np.testing.assert_allclose(scores.log_probabilities, expected, rtol=1e-4, atol=1e-4)
+    assert scores.legal.tolist() == legal.tolist()
+
+
+def test_rows_keep_their_order_and_do_not_depend_on_each_other() -> None:
+    classifier, inputs = Classifier(backbone(), draw_prompt(4), SEVERAL), draw_inputs()
+    forth, back = classifier.score(inputs), classifier.score(inputs[::-1])
+    np.testing.assert_allclose(forth.log_probabilities, back.log_probabilities[::-1], rtol=1e-4, atol=1e-4)
+    assert np.array_equal(forth.predicted, back.predicted[::-1])
+
+
+def test_scoring_twice_gives_the_same() -> None:
+    classifier, inputs = Classifier(backbone(), draw_prompt(4), SINGLE), draw_inputs(20)
+    assert np.array_equal(classifier.score(inputs).log_probabilities, classifier.score(inputs).log_probabilities)
+
+
+def test_no_rows_have_no_scores() -> None:
+    scores = Classifier(backbone(), draw_prompt(4), SINGLE).score([])
+    assert scores.log_probabilities.shape == (0, 3)
+    assert scores.predicted.tolist() == []
+
+
+def test_an_output_is_legal_when_the_first_choice_is_a_label() -> None:
+    inputs = draw_inputs(30)
+    prompt = draw_prompt(4)
+    batch = collate([Example(row, (0,)) for row in inputs], [0] * 30, pad=0, device=torch.device("cpu"))
+    with torch.inference_mode():
+        favourites = concatenate(backbone().model, [prompt], batch).argmax(1).tolist()
+    labels = [(favourites[0],), (next(t for t in range(3, 378) if t not in favourites),)]
+    scores = Classifier(backbone(), prompt, labels).score(inputs)
+    assert scores.legal.tolist() == [favourite == favourites[0] for favourite in favourites]
+
+
+def test_a_label_of_several_tokens_is_legal_when_all_of_them_are_the_first_choice() -> None:
+    row, prompt = (5, 6, 7), draw_prompt(4)
+    chosen: tuple[int, ...] = ()
+    for _ in range(2):
+        batch = collate([Example((*row, *chosen), (0,))], [0], pad=0, device=torch.device("cpu"))
+        with torch.inference_mode():
+            chosen = (*chosen, int(concatenate(backbone().model, [prompt], batch).argmax()))
+    other = (chosen[0], (chosen[1] + 1) % 370)
+    assert Classifier(backbone(), prompt, [chosen, (1, 2)]).score([row]).legal.tolist() == [True]
+    assert Classifier(backbone(), prompt, [other, (1, 2)]).score([row]).legal.tolist() == [False]
+
+
+def test_probabilities_are_shares_among_the_labels() -> None:
+    logs = np.log(np.array([[0.2, 0.2], [0.3, 0.1]], np.float32))
+    scores = Scores(np.vstack([logs, [[-900.0, -901.0]]]).astype(np.float32), np.array([True, True, False]))
+    expected = [[0.5, 0.5], [0.75, 0.25], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]]
+    np.testing.assert_allclose(scores.probabilities, expected, rtol=1e-6)
+    assert scores.predicted.tolist() == [0, 0, 0]
+
+
+def test_scoring_leaves_prompt_and_weights_as_they_are() -> None:
+    base, prompt = tiny_backbone(), torch.nn.Parameter(draw_prompt(4))
+    before = prompt.detach().clone()
+    Classifier(base, prompt, SEVERAL).score(draw_inputs(10))
+    assert torch.equal(prompt, before)
+    assert prompt.grad is None
+    assert base.weights_in_memory_sha256() == base.weights_sha256

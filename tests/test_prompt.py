@@ -1,0 +1,165 @@
+"""The artifact: what is written is what is read, PEFT opens it, and nothing damaged or foreign passes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from softprompt.composition import Example, collate, concatenate
+from softprompt.errors import UserError
+from softprompt.packages import file_sha256
+from softprompt.prompt import SoftPrompt
+from tests.tiny import tiny_backbone, tiny_model
+
+
+def make_prompt(**changes: Any) -> SoftPrompt:
+    backbone = tiny_backbone()
+    prompt = SoftPrompt(
+        vectors=0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0)),
+        template="Review: {text}\nSentiment:",
+        words={"negative": " negative", "positive": " très bien"},
+        max_tokens=48,
+        weights_sha256=backbone.weights_sha256,
+        tokenizer_sha256=backbone.tokenizer_sha256,
+        base={"kind": "hub", "id": "somebody/tiny", "revision": "abc"},
+        precision="float32",
+        provenance={"seed": 3, "validation": {"accuracy": 0.5}},
+    )
+    return replace(prompt, **changes)
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    prompt = make_prompt()
+    assert prompt.save(tmp_path / "a" / "prompt") == tmp_path / "a" / "prompt"
+    read = SoftPrompt.load(tmp_path / "a" / "prompt")
+    assert torch.equal(read.vectors, prompt.vectors)
+    assert read.vectors.dtype == torch.float32
+    assert replace(read, vectors=prompt.vectors) == prompt
+    assert read.length == 5
+    read.require(tiny_backbone())
+
+
+def test_a_folder_holds_three_files_of_kilobytes(tmp_path: Path) -> None:
+    files = list(make_prompt().save(tmp_path / "prompt").iterdir())
+    assert {f.name for f in files} == {"adapter_config.json", "adapter_model.safetensors", "softprompt.json"}
+    assert sum(f.stat().st_size for f in files) < 5000
+
+
+def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
+    make_prompt().save(tmp_path / "prompt")
+    (tmp_path / "prompt" / "stale").write_text("from before")
+    make_prompt(vectors=torch.ones(2, 32)).save(tmp_path / "prompt")
+    assert SoftPrompt.load(tmp_path / "prompt").length == 2
+    assert [f.name for f in tmp_path.iterdir()] == ["prompt"]
+    assert not (tmp_path / "prompt" / "stale").exists()
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    assert SoftPrompt.load(make_prompt().save(tmp_path)).length == 5
+
+
+def test_what_is_no_soft_prompt_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis: holds files and is no soft prompt, so it is not replaced"):
+        make_prompt().save(tmp_path / "thesis")
+    with pytest.raises(UserError, match=r"chapter: is a file, and a soft prompt is a folder"):
+        make_prompt().save(tmp_path / "thesis" / "chapter")
+    assert [f.read_text() for f in tmp_path.rglob("*") if f.is_file()] == ["years of work"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    make_prompt().save(tmp_path / "prompt")
+    with pytest.raises(TypeError):
+        make_prompt(provenance={"not json": object()}).save(tmp_path / "prompt")
+    assert [f.name for f in tmp_path.iterdir()] == ["prompt"]
+    assert SoftPrompt.load(tmp_path / "prompt").provenance == make_prompt().provenance
+
+
+def test_the_vectors_are_written_in_float32(tmp_path: Path) -> None:
+    prompt = make_prompt(vectors=make_prompt().vectors.to(torch.bfloat16).T.contiguous().T)
+    read = SoftPrompt.load(prompt.save(tmp_path / "prompt"))
+    assert torch.equal(read.vectors, prompt.vectors.float())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT, about its own look
+def test_peft_opens_the_folder_and_computes_the_same(tmp_path: Path) -> None:
+    prompt = make_prompt()
+    peft = PeftModel.from_pretrained(tiny_model(), str(prompt.save(tmp_path / "prompt"))).eval()
+    examples = [Example((5, 6, 7, 8), (300,)), Example((9, 10), (301,))]
+    batch = collate(examples, [0, 0], pad=0, device=torch.device("cpu"))
+    mask = (torch.arange(4) < batch.lengths[:, None]).long()
+    with torch.inference_mode():
+        ours = concatenate(tiny_backbone().model, [prompt.vectors], batch)
+        theirs = peft(input_ids=batch.tokens, attention_mask=mask).logits[batch.rows, 5 + batch.columns]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_another_model_is_refused_with_both_hashes() -> None:
+    prompt, other = make_prompt(), tiny_backbone(seed=1)
+    with pytest.raises(UserError) as refusal:
+        prompt.require(other)
+    assert prompt.weights_sha256 in str(refusal.value)
+    assert other.weights_sha256 in str(refusal.value)
+
+
+def test_another_tokenizer_is_refused() -> None:
+    with pytest.raises(UserError, match=f"tokenizer have sha256 {'0' * 64}"):
+        make_prompt(tokenizer_sha256="0" * 64).require(tiny_backbone())
+
+
+def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    file = make_prompt().save(tmp_path / "prompt") / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        SoftPrompt.load(tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "softprompt.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    (make_prompt().save(tmp_path / "prompt") / name).unlink()
+    with pytest.raises(UserError, match=f"is no soft prompt, {name} is missing"):
+        SoftPrompt.load(tmp_path / "prompt")
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    file = folder / "softprompt.json"
+    manifest = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    rewrite(make_prompt().save(tmp_path / "prompt"), format=2)
+    with pytest.raises(UserError, match="is of format 2, this version reads format 1"):
+        SoftPrompt.load(tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("key", ["vectors_sha256", "template", "weights_sha256"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    rewrite(make_prompt().save(tmp_path / "prompt"), **{key: None})
+    with pytest.raises(UserError, match=f"softprompt.json lacks {key}"):
+        SoftPrompt.load(tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7"])
+def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    (make_prompt().save(tmp_path / "prompt") / "softprompt.json").write_text(text)
+    with pytest.raises(UserError, match=r"softprompt\.json"):
+        SoftPrompt.load(tmp_path / "prompt")
+
+
+def test_a_file_without_the_tensor_is_refused(tmp_path: Path) -> None:
+    folder = make_prompt().save(tmp_path / "prompt")
+    save_file({"other": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    rewrite(folder, vectors_sha256=file_sha256(folder / "adapter_model.safetensors"))
+    with pytest.raises(UserError, match="no safetensors file with a tensor prompt_embeddings"):
+        SoftPrompt.load(folder)

@@ -1,0 +1,87 @@
+"""What a prompt is compared with on the test split: what the user would have without it.
+
+Every system answers the same rows in the same order, so that two of them can be compared row by row.
+"""
+
+import numpy as np
+import torch
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from softprompt.data import encode_labels
+from softprompt.errors import UserError
+from softprompt.evaluation import Metrics, measure, measure_scores
+from softprompt.inference import Classifier
+from softprompt.prediction import Predictor
+from softprompt.prompt import SoftPrompt
+from softprompt.workbench import Workbench
+
+MAJORITY = "majority class"
+TFIDF = "TF-IDF + logistic regression"
+NO_PROMPT = "no prompt"
+INSTRUCTION = "instruction"
+
+
+def measure_baselines(bench: Workbench) -> dict[str, Metrics]:
+    """The systems without a soft prompt, on the test split."""
+    return {
+        MAJORITY: _measure_majority(bench),
+        TFIDF: _measure_tfidf(bench),
+        NO_PROMPT: _measure_text(bench),
+        INSTRUCTION: _measure_text(bench, bench.experiment.evaluation.instruction),
+    }
+
+
+def measure_prompt(bench: Workbench, prompt: SoftPrompt) -> Metrics:
+    """A soft prompt on the test split, with its own template, words and limit of tokens.
+
+    Raises UserError where it belongs to another base model, to other labels or to other columns.
+    """
+    prompt.require(bench.backbone)
+    if set(prompt.words) != set(bench.labels):
+        raise UserError(
+            f"the prompt answers with the labels {', '.join(prompt.words)}, the experiment asks for "
+            f"{', '.join(bench.labels)}; evaluate it on an experiment with its own labels"
+        )
+    missing = set(Predictor.fields_of(prompt)) - set(bench.experiment.fields)
+    if missing:
+        raise UserError(
+            f"the prompt reads the column {min(missing)!r}, which the experiment's template does not name; "
+            "evaluate it on an experiment with its own columns"
+        )
+    tokens = encode_labels(prompt.words, bench.backbone.tokenizer)
+    split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens)
+    classifier = Classifier(bench.backbone, prompt.vectors, [tokens[label] for label in bench.labels])
+    return measure_scores(split.gold, classifier.score(split.inputs))
+
+
+def _measure_majority(bench: Workbench) -> Metrics:
+    train, test = bench.split("train"), bench.split("test")
+    majority = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train.gold), 1)), train.gold)
+    return measure(test.gold, majority.predict(np.zeros((len(test.gold), 1))))
+
+
+def _measure_tfidf(bench: Workbench) -> Metrics:
+    classifier = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
+    classifier.fit(_texts(bench, "train"), bench.split("train").gold)
+    return measure(bench.split("test").gold, classifier.predict(_texts(bench, "test")))
+
+
+def _texts(bench: Workbench, split: str) -> list[str]:
+    rows = bench.data.split(split)
+    return ["\n".join(row[name] for name in bench.experiment.fields) for row in rows]
+
+
+def _measure_text(bench: Workbench, instruction: str = "") -> Metrics:
+    template = instruction.replace("{", "{{").replace("}", "}}") + bench.experiment.template
+    # The instruction comes on top, as a soft prompt does: it must not take its tokens from the inputs.
+    limit = bench.experiment.training.max_tokens
+    limit += len(bench.backbone.tokenizer.encode(instruction, add_special_tokens=False))
+    positions = getattr(bench.backbone.model.config, "max_position_embeddings", None)
+    if positions:
+        limit = min(limit, positions - max(map(len, bench.labels.values())))
+    split = bench.split("test", template=template, max_tokens=limit)
+    nothing = torch.zeros(0, bench.backbone.hidden_size)
+    return measure_scores(split.gold, bench.score(nothing, split.inputs))

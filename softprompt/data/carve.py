@@ -1,0 +1,107 @@
+"""Which row goes into which split: no row in two of them, and the same division for the same seed.
+
+A split that the data names stays as it is, but for rows whose inputs stand there with different labels. Splits that
+the data does not name are carved from the training rows, after duplicates were dropped.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from softprompt.errors import UserError
+from softprompt.spec import ExperimentSpec
+
+
+class Example(NamedTuple):
+    """One row: the values of the template's fields, and the label."""
+
+    inputs: tuple[str, ...]
+    label: str
+
+
+Splits: TypeAlias = dict[str, list[Example]]
+
+
+def divide(pools: Splits, experiment: ExperimentSpec, left_out: Counter[str]) -> Splits:
+    """The three splits, from the examples of each split that the data names.
+
+    Args:
+        pools: Examples in file order; `train` always, `validation` and `test` where the data names them.
+        experiment: Gives seed, sizes and labels.
+        left_out: Is added to, by reason.
+
+    Raises:
+        UserError: Fewer rows than asked for, an empty split, or a label without a training row.
+    """
+    pools = {split: _without_conflicts(examples, left_out) for split, examples in pools.items()}
+    if len(pools) < 3:
+        pools["train"] = _without_duplicates(pools["train"], left_out)
+    pools = _without_overlap(pools, left_out)
+    for split in pools:
+        if not pools[split]:
+            raise UserError(f"splits.{split}: no usable row is left for the {split} split; left out: {_tell(left_out)}")
+    splits = _carve(pools, experiment, left_out)
+    for label in experiment.labels.words:
+        if all(example.label != label for example in splits["train"]):
+            raise UserError(
+                f"splits.train: none of the {len(splits['train'])} training rows has the label {label!r}; "
+                "give more rows, or ask for fewer in splits.test and splits.validation"
+            )
+    return splits
+
+
+def _without_conflicts(examples: list[Example], left_out: Counter[str]) -> list[Example]:
+    labels: dict[tuple[str, ...], set[str]] = {}
+    for example in examples:
+        labels.setdefault(example.inputs, set()).add(example.label)
+    kept = [e for e in examples if len(labels[e.inputs]) == 1]
+    _count(left_out, "conflicting labels", len(examples) - len(kept))
+    return kept
+
+
+def _without_duplicates(examples: list[Example], left_out: Counter[str]) -> list[Example]:
+    kept = list(dict.fromkeys(examples))
+    _count(left_out, "duplicate", len(examples) - len(kept))
+    return kept
+
+
+def _without_overlap(pools: Splits, left_out: Counter[str]) -> Splits:
+    """A row that stands in two splits stays in the one that judges later: test before validation before train."""
+    seen: set[tuple[str, ...]] = set()
+    kept: Splits = {}
+    for split in [s for s in ("test", "validation", "train") if s in pools]:
+        kept[split] = [e for e in pools[split] if e.inputs not in seen]
+        _count(left_out, "stands in two splits", len(pools[split]) - len(kept[split]))
+        seen.update(e.inputs for e in pools[split])
+    return kept
+
+
+def _carve(pools: Splits, experiment: ExperimentSpec, left_out: Counter[str]) -> Splits:
+    """Split what is not there from a seeded permutation of the training rows: test first, then validation."""
+    asked = {s: getattr(experiment.splits, s) for s in ("test", "validation") if s not in pools}
+    pool = pools["train"]
+    needed = sum(asked.values()) + len(experiment.labels.words)
+    if asked and len(pool) < needed:
+        asks = " and ".join(f"splits.{split}={size}" for split, size in asked.items())
+        raise UserError(
+            f"{asks} cannot be carved: with a training row for each label that takes {needed} rows, and "
+            f"{len(pool)} are available; ask for fewer rows (left out: {_tell(left_out)})"
+        )
+    order: Iterable[int] = np.random.default_rng(experiment.seed).permutation(len(pool)).tolist()
+    shuffled = [pool[n] for n in order]
+    splits = {s: e for s, e in pools.items() if s != "train"}
+    for split, size in asked.items():
+        splits[split], shuffled = shuffled[:size], shuffled[size:]
+    splits["train"] = shuffled[: experiment.splits.train]
+    return splits
+
+
+def _count(left_out: Counter[str], reason: str, rows: int) -> None:
+    if rows:
+        left_out[reason] += rows
+
+
+def _tell(left_out: Counter[str]) -> str:
+    return ", ".join(f"{rows} {reason}" for reason, rows in left_out.items()) or "none"

@@ -1,0 +1,63 @@
+"""Where state and caches live, and where the records go.
+
+State (MLflow, Optuna and Prefect databases, artifacts) stays in `.softprompt/` of the working directory, or in
+`SOFTPROMPT_HOME`. Caches (fetched packages, converted weights, prepared data) stay in the user's cache folder, or
+in `SOFTPROMPT_CACHE`. A tracking server or study storage that the user has configured is used instead of ours.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from softprompt.errors import UserError
+
+
+def state_home() -> Path:
+    """The absolute folder of the state."""
+    return Path(os.environ.get("SOFTPROMPT_HOME") or ".softprompt").absolute()
+
+
+def cache_home() -> Path:
+    """The absolute folder of the caches."""
+    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt"
+    return Path(os.environ.get("SOFTPROMPT_CACHE") or fallback).absolute()
+
+
+def tracking_uri() -> str:
+    """The user's `MLFLOW_TRACKING_URI`, else a SQLite file in the state folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{tracking_file()}"
+
+
+def tracking_file() -> Path:
+    """The SQLite file of the tracking store that is ours."""
+    return state_home() / "mlflow.db"
+
+
+def artifact_root() -> Path:
+    """Where MLflow artifacts go when the tracking store is ours."""
+    return state_home() / "artifacts"
+
+
+def study_storage() -> str:
+    """The user's `SOFTPROMPT_STORAGE` (any Optuna storage URL), else a SQLite file in the state folder."""
+    return os.environ.get("SOFTPROMPT_STORAGE") or f"sqlite:///{state_home() / 'optuna.db'}"
+
+
+def require_writable(folder: Path, variable: str) -> None:
+    """Make the folder and prove that it can be written; UserError says why not and which variable moves it."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"softprompt" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); free it up or set {variable} to another folder"
+        ) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def owns_tracking() -> bool:
+    """Whether the tracking store is ours: the user has configured none."""
+    return not os.environ.get("MLFLOW_TRACKING_URI")

@@ -1,0 +1,158 @@
+"""What a command would do and cost, found out without training: the data prepared, the model loaded, one pass timed.
+
+A cost is an estimate from one pass of each kind: what is recorded meanwhile is left out, and no trial counts as pruned.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from math import ceil
+
+import torch
+
+from softprompt.composition import collate
+from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
+from softprompt.workbench import Workbench
+
+
+def plan(bench: Workbench) -> dict[str, str]:
+    """A search and what follows it, by subject, with its cost."""
+    experiment = bench.experiment
+    trials, minutes = experiment.budget.trials, experiment.budget.minutes
+    return {
+        **_describe_materials(bench),
+        "search": _describe_search(experiment),
+        "budget": " or ".join(([_count(trials)] if trials else []) + ([f"{minutes:g} minutes"] if minutes else [])),
+        **_describe_cost(bench),
+    }
+
+
+def plan_evaluation(bench: Workbench) -> dict[str, str]:
+    """The measurement of a registered prompt beside the baselines, by subject, with its cost."""
+    seconds = _seconds_of_test(bench, _seconds_per_token(bench))
+    return {**_describe_materials(bench), "cost": f"{_describe_test(bench, seconds)}; nothing is trained"}
+
+
+def _describe_materials(bench: Workbench) -> dict[str, str]:
+    experiment, data, backbone = bench.experiment, bench.data, bench.backbone
+    cut = sum(bench.split(name).cut for name in data.sizes)
+    parameters = sum(p.numel() for p in backbone.model.parameters())
+    return {
+        "experiment": f"{experiment.name}, fingerprint {experiment.fingerprint[:12]}, seed {experiment.seed}",
+        "model": f"{parameters / 1e6:.0f} M parameters in {experiment.precision} on {backbone.device}, "
+        f"weights sha256 {backbone.weights_sha256[:12]}",
+        "composition": f"{backbone.composition_name} (deviation {backbone.deviation:.2g})",
+        "data": ", ".join(f"{rows:,} {name}" for name, rows in data.sizes.items())
+        + f" rows, digest {data.digest[:12]}, {cut} inputs cut",
+    }
+
+
+def _describe_search(experiment: ExperimentSpec) -> str:
+    search, given = experiment.search, _given(experiment)
+    if given:
+        points = (f"{p.initialization}, length {p.length}, learning rate {p.learning_rate:g}" for p in given)
+        return f"none, only search.start: {'; '.join(points)}"
+    kinds = ", ".join(spec.kind for spec in search.initialization)
+    return f"length {_describe(search.length)}; learning rate {_describe(search.learning_rate)}; initialization {kinds}"
+
+
+def _count(trials: int) -> str:
+    return "1 trial" if trials == 1 else f"{trials} trials"
+
+
+def _given(experiment: ExperimentSpec) -> tuple[StartPoint, ...]:
+    """The trials, where the starting points are all of them."""
+    start, trials = experiment.search.start, experiment.budget.trials
+    return start[:trials] if trials and len(start) >= trials else ()
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, FloatRange):
+        return f"{value.low:g} to {value.high:g}{' (log)' if value.log else ''}"
+    if isinstance(value, Choices):
+        return " or ".join(map(str, value.choices))
+    return str(value)
+
+
+def _describe_cost(bench: Workbench) -> dict[str, str]:
+    """One trial alone in its lane, and the search with as many trials side by side as there are slots."""
+    experiment, training = bench.experiment, bench.experiment.training
+    trials, minutes = experiment.budget.trials, experiment.budget.minutes
+    slots = min(experiment.execution.slots, trials or experiment.execution.slots)
+    token = _seconds_per_token(bench)
+    step, score = _time_step(bench, slots), token * _tokens(bench, "validation")
+    # Slots share a step, but are scored one after the other.
+    together = step * training.steps + slots * score * len(experiment.rungs)
+    search = together * ceil(trials / slots) if trials else float("inf")
+    told = f"about {search / 60:.1f} minutes of search if no trial is pruned"
+    if minutes and 60 * minutes < search:
+        told = f"{minutes:g} minutes of search, its budget"
+    rungs = ", ".join(map(str, experiment.rungs))
+    beside = f", {slots} trials side by side" if slots > 1 else ""
+    return {
+        "trial": f"{training.steps} steps of {training.batch_size} rows, scored after {rungs}; "
+        f"about {together / 60:.1f} minutes if it is not pruned{beside}",
+        "cost": f"{told}: {step:.2f} s a step, {score:.1f} s a validation; then "
+        + _describe_test(bench, _seconds_of_test(bench, token)),
+    }
+
+
+def _describe_test(bench: Workbench, seconds: float) -> str:
+    rows = bench.data.sizes["test"]
+    systems = "without a prompt, with the instruction and with the soft prompt"
+    return f"about {seconds / 60:.1f} minutes to measure {rows:,} test rows {systems}"
+
+
+def _seconds_of_test(bench: Workbench, token: float) -> float:
+    return 3 * token * _tokens(bench, "test")
+
+
+def _tokens(bench: Workbench, split: str) -> int:
+    return sum(map(len, bench.split(split).inputs))
+
+
+def _longest(experiment: ExperimentSpec) -> int:
+    given = _given(experiment)
+    return max(point.length for point in given) if given else experiment.search.longest
+
+
+def _time_step(bench: Workbench, slots: int) -> float:
+    """Seconds of a forward and backward pass of a batch for each slot after the longest prompt.
+
+    The batch is drawn as in training, so that it is padded as there; the optimizer is left out.
+    """
+    backbone, length = bench.backbone, _longest(bench.experiment)
+    shape = (length, backbone.hidden_size)
+    prompts = [torch.zeros(shape, device=backbone.device, requires_grad=True) for _ in range(slots)]
+    size = bench.experiment.training.batch_size
+    drawn = random.Random(0).choices(bench.examples, k=slots * size)
+    owners = [n // size for n in range(len(drawn))]
+    batch = collate(drawn, owners, pad=backbone.pad, device=backbone.device)
+
+    def run() -> None:
+        backbone.composition(backbone.model, prompts, batch).float().logsumexp(1).sum().backward()
+
+    return _time(run, backbone.device)
+
+
+def _seconds_per_token(bench: Workbench) -> float:
+    """Seconds of scoring for each token of input, from one batch of middling rows after the longest prompt."""
+    inputs = sorted(bench.split("validation").inputs, key=len)
+    part = inputs[max(0, len(inputs) // 2 - 32) :][:64]
+    prompt = torch.zeros(_longest(bench.experiment), bench.backbone.hidden_size)
+    return _time(lambda: bench.score(prompt, part), bench.backbone.device) / sum(map(len, part))
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, after one to warm up."""
+    run()
+    _wait(device)
+    began = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,164 @@
+"""Registered prompts: versions, the alias `champion`, and the rule by which it moves.
+
+A version holds the prompt's folder and a file of code; never a pickle, never the base model.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version as installed
+from io import StringIO
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ConfigDict
+
+from softprompt.errors import UserError
+from softprompt.evaluation import Metrics
+from softprompt.home import tracking_uri
+from softprompt.prompt import SoftPrompt
+from softprompt.tracking import DECISION, REASON, TEST_ACCURACY
+
+CHAMPION = "champion"
+
+
+class Decision(BaseModel):
+    """Whether the challenger took the alias, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Registered model."""
+    version: int
+    """The challenger's version."""
+    promoted: bool
+    reason: str
+
+    @property
+    def verdict(self) -> str:
+        """What became of the version, as the end of a sentence that names it."""
+        return "is the new champion" if self.promoted else "does not become champion"
+
+
+def champion_version(name: str) -> int | None:
+    """The version that holds the alias; None where there is none yet."""
+    client = MlflowClient(tracking_uri())
+    try:
+        return int(client.get_model_version_by_alias(name, CHAMPION).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def champions() -> list[str]:
+    """The names of the registered prompts that have a champion."""
+    models = MlflowClient(tracking_uri()).search_registered_models(max_results=1000)
+    return sorted(model.name for model in models if CHAMPION in model.aliases)
+
+
+def load_registered(name: str, alias_or_version: str = CHAMPION) -> SoftPrompt:
+    """The prompt of a registered model, by alias or by version number.
+
+    Raises UserError where there is no such model or version.
+    """
+    separator = "/" if alias_or_version.isdigit() else "@"
+    uri = f"models:/{name}{separator}{alias_or_version}"
+    with tempfile.TemporaryDirectory() as folder, _fluent():
+        try:
+            found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(
+                f"{uri}: no such registered prompt in {tracking_uri()}; run a sweep first, or set MLFLOW_TRACKING_URI"
+            ) from None
+        return SoftPrompt.load(Path(found) / "artifacts" / "prompt")
+
+
+def register(name: str, run_id: str, prompt_folder: Path, metrics: Metrics) -> int:
+    """Make a version of a prompt's folder, logged on a run that goes on to be its source; returns its number.
+
+    A run has one version: asked again, as by a retry, the one that is there is returned.
+    """
+    found = MlflowClient(tracking_uri()).search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    if found:
+        return int(found[0].version)
+    # MLflow prints what it does to the error output, and has no switch for it.
+    with redirect_stderr(StringIO()), _fluent(), mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name=name,
+            python_model=str(Path(__file__).with_name("serving.py")),
+            artifacts={"prompt": str(prompt_folder)},
+            pip_requirements=[f"{n}=={installed(n)}" for n in ("softprompt", "mlflow")],
+            registered_model_name=name,
+        )
+        mlflow.log_metrics({TEST_ACCURACY: metrics.accuracy}, model_id=logged.model_id)
+    return int(logged.registered_model_version)
+
+
+@contextmanager
+def _fluent() -> Iterator[None]:
+    """Our store for MLflow's fluent functions, which leave it in the environment as if the user had configured it."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking_uri())
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
+
+
+def decide(
+    name: str,
+    version: int,
+    challenger: Metrics,
+    champion: Metrics | None,
+    *,
+    measured: int | None = None,
+    why_not: str = "",
+) -> Decision:
+    """Give the challenger the alias if there is no champion, or if it is better on the same test rows.
+
+    Decided again, as by a retry, a version that took the alias keeps it with the reason that is recorded.
+
+    Args:
+        name: registered model.
+        version: the challenger's version.
+        challenger: its metrics on the test split.
+        champion: the champion's metrics on the same rows; None where there is none to compare with.
+        measured: version of that champion; one that holds the alias by now instead of it keeps it.
+        why_not: why the champion could not be measured, where there is one; the alias then stays.
+    """
+    client = MlflowClient(tracking_uri())
+    holder = champion_version(name)
+    if holder == version:
+        recorded = client.get_model_version(name, str(version)).tags.get(REASON, "")
+        return Decision(name=name, version=version, promoted=True, reason=recorded)
+    if holder is None:
+        promoted, reason = True, f"the first version, with {challenger.accuracy:.1%} on {challenger.rows} test rows"
+    elif holder != measured:
+        instead = "none" if measured is None else f"v{measured}"
+        promoted, reason = False, f"the champion changed meanwhile (v{holder} instead of {instead})"
+    elif champion is None:
+        promoted, reason = False, f"champion v{holder} could not be measured on these rows: {why_not}"
+    else:
+        promoted, reason = _compare(challenger, champion, holder)
+    for key, value in ((DECISION, "promoted" if promoted else "kept back"), (REASON, reason)):
+        client.set_model_version_tag(name, str(version), key, value)
+    client.update_model_version(name, str(version), description=reason)
+    if promoted:
+        # Last: who finds the alias finds the reason beside it.
+        client.set_registered_model_alias(name, CHAMPION, str(version))
+    return Decision(name=name, version=version, promoted=promoted, reason=reason)
+
+
+def _compare(challenger: Metrics, champion: Metrics, holder: int) -> tuple[bool, str]:
+    """Whether the challenger is better than the champion, and that in words."""
+    better = sum(challenger.correct) > sum(champion.correct)
+    return better, (
+        f"{challenger.accuracy:.1%} on {challenger.rows} test rows is {'better' if better else 'not better'} than "
+        f"champion v{holder} with {champion.accuracy:.1%}"
+    )

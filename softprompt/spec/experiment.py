@@ -1,0 +1,143 @@
+"""The experiment: what is learned, and, outside its fingerprint, where it runs.
+
+Field docstrings reach the launch form of the Prefect UI, which resolves annotations at run time: hence
+no postponed annotations in this package.
+"""
+
+import hashlib
+import json
+import string
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from softprompt.spec.base import Slug, Spec
+from softprompt.spec.data import DataSpec, LabelSpec, SplitSpec
+from softprompt.spec.model import ModelSpec
+from softprompt.spec.search import SearchSpec
+
+
+class TrainingSpec(Spec):
+    """How one prompt is trained: AdamW on the prompt alone."""
+
+    steps: int = Field(ge=1, le=1_000_000)
+    """Optimizer steps of a trial that is not stopped early."""
+    batch_size: int = Field(ge=1, le=4096)
+    """Examples a step (B)."""
+    max_tokens: int = Field(ge=8, le=32_768)
+    """Longest input in tokens (T); longer ones have their longest field cut, and are counted."""
+    schedule: Literal["constant", "linear", "cosine"]
+    """How the learning rate goes after the warm-up."""
+    warmup_steps: int = Field(ge=0)
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay of AdamW."""
+    clip_norm: float = Field(gt=0)
+    """The gradient of a prompt is scaled down to this norm."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps < steps must hold, got warmup_steps={self.warmup_steps}, steps={self.steps}"
+            )
+        return self
+
+
+class BudgetSpec(Spec):
+    """When the search ends: at the first of these."""
+
+    trials: int | None = Field(default=None, ge=1)
+    """Trials to train."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Minutes of search; what a time limit leaves is not reproducible."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.trials is None and self.minutes is None:
+            raise ValueError("give trials, minutes or both")
+        return self
+
+
+class EvaluationSpec(Spec):
+    """What the winner is compared with on the test split."""
+
+    instruction: str = Field(min_length=1)
+    """A plain instruction put before the input as text: what you would do without a soft prompt."""
+
+
+class ExecutionSpec(Spec):
+    """Where and how it runs; changes no result and stands outside the fingerprint."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    slots: int = Field(default=1, ge=1, le=256)
+    """Prompts trained side by side through one frozen forward pass (K)."""
+
+
+class ExperimentSpec(Spec):
+    """A frozen model, a dataset, and what to search for."""
+
+    name: Slug
+    """Name of the experiment in MLflow, and of the model it registers."""
+    seed: int = Field(ge=0, lt=2**32)
+    """Seed of the splits, the search and every trial."""
+    model: ModelSpec
+    """The frozen language model."""
+    precision: Literal["bfloat16", "float32"]
+    """Type of the frozen weights; prompts and optimizer are always float32."""
+    data: DataSpec
+    """The rows."""
+    template: str = Field(min_length=1)
+    """The input as text, with `{column}` where a column of the row stands."""
+    labels: LabelSpec
+    """Which label a row has, and the words that stand for it."""
+    splits: SplitSpec
+    """How many rows each split gets."""
+    training: TrainingSpec
+    """How one prompt is trained."""
+    search: SearchSpec
+    """What is searched."""
+    budget: BudgetSpec
+    """When the search ends."""
+    evaluation: EvaluationSpec
+    """What the winner is compared with."""
+    execution: ExecutionSpec = ExecutionSpec()
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.fields:
+            raise ValueError("template: must name at least one column, as in '{text}'")
+        return self
+
+    @property
+    def fields(self) -> list[str]:
+        """The columns that the template names, in order."""
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"template: {error}; write {{{{ and }}}} for braces") from None
+        if not all(n.isidentifier() for n in names):
+            raise ValueError(f"template: a placeholder must be a plain column name, got {names}")
+        return list(dict.fromkeys(names))
+
+    @property
+    def rungs(self) -> list[int]:
+        """The steps after which a trial is scored on the validation split; the last is `training.steps`."""
+        return self.search.pruner.rungs(self.training.steps)
+
+    def with_one_trial(self) -> Self:
+        """The same experiment with a budget of one trial: the first of its starting points, if it has any."""
+        search = self.search.model_copy(update={"start": self.search.start[:1]})
+        return self.model_copy(update={"search": search, "budget": BudgetSpec(trials=1)})
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what is learned, over canonical JSON; `execution` is left out."""
+        return fingerprint(self.model_dump(mode="json", exclude={"execution"}))
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form: sorted keys, no spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

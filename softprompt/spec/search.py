@@ -1,0 +1,251 @@
+"""The space that is searched, and how: every searched value is a small distribution."""
+
+from itertools import pairwise
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from softprompt.spec.base import Positive, Spec
+
+T = TypeVar("T")
+
+
+class FloatRange(Spec):
+    """All values between two bounds, both included."""
+
+    low: float
+    """Least value."""
+    high: float
+    """Greatest value."""
+    log: bool = False
+    """Whether to search on a logarithmic scale."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.high:
+            raise ValueError(f"low <= high must hold, got low={self.low:g}, high={self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range starts above zero, got low={self.low:g}")
+        return self
+
+
+class IntRange(FloatRange):
+    """All whole numbers between two bounds, both included."""
+
+    low: int
+    """Least value."""
+    high: int
+    """Greatest value."""
+
+
+class Choices(Spec, Generic[T]):
+    """One of a few values."""
+
+    # A generic's own title is the whole type, and its docstring is lost: both reach the launch form.
+    model_config = ConfigDict(title="Choices", json_schema_extra={"description": "One of a few values."})
+
+    choices: tuple[T, ...] = Field(min_length=1)
+    """The values."""
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value):
+        return "choices"
+    return "range" if isinstance(value, FloatRange | dict) else "fixed"
+
+
+_by_shape = Discriminator(_shape)
+
+V = TypeVar("V")
+
+
+def _above_zero(value: V) -> V:
+    if isinstance(value, FloatRange) and value.low <= 0:
+        raise ValueError(f"only values above zero can be searched, got low={value.low:g}")
+    return value
+
+
+def _of_a_prompt(value: V) -> V:
+    if isinstance(value, IntRange) and not 1 <= value.low <= value.high <= 2048:
+        raise ValueError(f"1 <= length <= 2048 must hold, got {value.low} to {value.high}")
+    return value
+
+
+Length = Annotated[int, Field(ge=1, le=2048)]
+Count = Annotated[int, Field(ge=1)]
+Words = Annotated[str, Field(min_length=1)]
+
+SearchedLength = Annotated[
+    Annotated[Length, Tag("fixed")] | Annotated[IntRange, Tag("range")] | Annotated[Choices[Length], Tag("choices")],
+    _by_shape,
+    AfterValidator(_of_a_prompt),
+]
+SearchedFloat = Annotated[
+    Annotated[Positive, Tag("fixed")]
+    | Annotated[FloatRange, Tag("range")]
+    | Annotated[Choices[Positive], Tag("choices")],
+    _by_shape,
+    AfterValidator(_above_zero),
+]
+SearchedCount = Annotated[
+    Annotated[Count, Tag("fixed")] | Annotated[IntRange, Tag("range")] | Annotated[Choices[Count], Tag("choices")],
+    _by_shape,
+    AfterValidator(_above_zero),
+]
+SearchedText = Annotated[Annotated[Words, Tag("fixed")] | Annotated[Choices[Words], Tag("choices")], _by_shape]
+
+
+class UniformInit(Spec):
+    """Each component drawn from U[-bound, bound]."""
+
+    kind: Literal["uniform"] = "uniform"
+    bound: SearchedFloat = 0.5
+    """Half-width of the interval."""
+
+
+class NormalInit(Spec):
+    """Each component drawn from a normal with the embedding table's own mean and deviation, per dimension."""
+
+    kind: Literal["normal"] = "normal"
+    scale: SearchedFloat = 1.0
+    """Factor on the table's deviation."""
+
+
+class VocabularyInit(Spec):
+    """Embeddings of tokens sampled without replacement from the most common ones."""
+
+    kind: Literal["vocabulary"] = "vocabulary"
+    most_common: SearchedCount = 5000
+    """How many of the tokenizer's lowest ids to sample from: merges are ordered by frequency."""
+
+
+class TextInit(Spec):
+    """Embeddings of a text, cut to the length or filled up from the common vocabulary."""
+
+    kind: Literal["text"] = "text"
+    text: SearchedText
+    """The text."""
+
+
+class LabelsInit(Spec):
+    """Embeddings of the label words, sub-tokens of one label averaged, filled up from the common vocabulary."""
+
+    kind: Literal["labels"] = "labels"
+
+
+InitSpec = Annotated[UniformInit | NormalInit | VocabularyInit | TextInit | LabelsInit, Field(discriminator="kind")]
+
+
+class HalvingPruner(Spec):
+    """Successive halving: a trial passes a rung only among the best of those that reached it."""
+
+    kind: Literal["halving"] = "halving"
+    first_rung: int = Field(ge=1)
+    """Steps before the first validation; each further rung comes after `factor` times as many."""
+    factor: int = Field(default=2, ge=2, le=8)
+    """One trial in `factor` passes a rung."""
+
+    def rungs(self, steps: int) -> list[int]:
+        """The steps after which a trial is scored; the last is its last."""
+        rungs, rung = [], self.first_rung
+        while rung < steps:
+            rungs.append(rung)
+            rung *= self.factor
+        return [*rungs, steps]
+
+    def usual_steps(self, steps: int) -> float:
+        """The steps of an average trial, if one in `factor` passes each rung."""
+        rungs = [0, *self.rungs(steps)]
+        return sum((b - a) / float(self.factor) ** n for n, (a, b) in enumerate(pairwise(rungs)))
+
+
+class MedianPruner(Spec):
+    """A trial stops when it is worse than the median of the completed ones at the same rung."""
+
+    kind: Literal["median"] = "median"
+    every: int = Field(ge=1)
+    """Steps between validations."""
+    startup_trials: int = Field(default=4, ge=0)
+    """Trials that run to their end before any is stopped."""
+
+    def rungs(self, steps: int) -> list[int]:
+        """The steps after which a trial is scored; the last is its last."""
+        return [*range(self.every, steps, self.every), steps]
+
+    def usual_steps(self, steps: int) -> float:
+        """The steps of an average trial; how many the median stops is not known before."""
+        return steps
+
+
+class NoPruner(Spec):
+    """Every trial runs to its end."""
+
+    kind: Literal["none"] = "none"
+    every: int = Field(ge=1)
+    """Steps between validations."""
+
+    def rungs(self, steps: int) -> list[int]:
+        """The steps after which a trial is scored; the last is its last."""
+        return [*range(self.every, steps, self.every), steps]
+
+    def usual_steps(self, steps: int) -> float:
+        """The steps of an average trial: all."""
+        return steps
+
+
+PrunerSpec = Annotated[HalvingPruner | MedianPruner | NoPruner, Field(discriminator="kind")]
+
+
+class StartPoint(Spec):
+    """A trial that the search begins with, before it suggests its own."""
+
+    length: Length
+    """Prompt length (P)."""
+    initialization: str
+    """Kind of initialization, one of those searched."""
+    learning_rate: Positive
+    """Peak learning rate."""
+
+
+class SearchSpec(Spec):
+    """The space, and how it is searched. A bare value is held fixed."""
+
+    length: SearchedLength
+    """Prompt length (P): a number, or `{low, high, log}`, or `{choices}`."""
+    initialization: tuple[InitSpec, ...] = Field(min_length=1)
+    """Where the prompt may start from; several kinds are searched over, with their own settings."""
+    learning_rate: SearchedFloat
+    """Peak learning rate of AdamW."""
+    pruner: PrunerSpec
+    """When to stop a weak trial, and when trials are scored."""
+    startup_trials: int = Field(default=6, ge=0)
+    """Trials drawn at random before the TPE sampler starts to model the scores."""
+    start: tuple[StartPoint, ...] = ()
+    """Trials to begin with."""
+
+    @property
+    def longest(self) -> int:
+        """The longest prompt length (P) that may be tried."""
+        if isinstance(self.length, IntRange):
+            return self.length.high
+        return max(self.length.choices) if isinstance(self.length, Choices) else self.length
+
+    @model_validator(mode="after")
+    def _kinds_stand_once(self) -> Self:
+        kinds = [i.kind for i in self.initialization]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"each kind of initialization stands once, got {kinds}; use {{choices: [...]}} inside it")
+        for n, point in enumerate(self.start):
+            if point.initialization not in kinds:
+                raise ValueError(f"start.{n}.initialization must be one of {kinds}, got {point.initialization!r}")
+            for name in ("length", "learning_rate"):
+                value, space = getattr(point, name), getattr(self, name)
+                if not _holds(space, value):
+                    raise ValueError(f"start.{n}.{name}={value:g} lies outside search.{name}; change one of them")
+        return self
+
+
+def _holds(space: Any, value: float) -> bool:
+    if isinstance(space, FloatRange):
+        return space.low <= value <= space.high
+    return bool(value in space.choices if isinstance(space, Choices) else value == space)

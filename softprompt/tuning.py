@@ -1,0 +1,163 @@
+"""One trial from its start to its prompt: train to a rung, score on the validation split, keep the best.
+
+A lane drives many of these side by side; `tune` drives one.
+"""
+
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from softprompt.evaluation import Metrics, measure_scores
+from softprompt.progress import TrialProgress
+from softprompt.prompt import SoftPrompt
+from softprompt.training import step
+from softprompt.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best prompt of a trial so far, by validation accuracy, then validation loss."""
+
+    vectors: Tensor
+    metrics: Metrics
+    step: int
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What the best is the greatest by."""
+        return self.metrics.accuracy, -(self.metrics.log_loss or 0.0)
+
+
+class Tuning:
+    """A trial under way."""
+
+    def __init__(self, bench: Workbench, params: dict[str, Any], *, number: int, seed: Sequence[int]) -> None:
+        self.params = params
+        self.number = number
+        self.slot = bench.start(params, seed=seed)
+        self.best: Best | None = None
+        self.losses: list[float] = []
+        """Training loss of every step, in nats per target token."""
+        self.rungs_passed = 0
+        self._bench = bench
+        self._rungs = bench.experiment.rungs
+        self._began = time.monotonic()
+
+    @property
+    def title(self) -> str:
+        """The trial in words."""
+        return f"trial {self.number}: {describe(self.params)}"
+
+    @property
+    def at_rung(self) -> bool:
+        """Whether the last step reached a rung, where a trial is scored."""
+        return self.slot.steps_done in self._rungs
+
+    @property
+    def seconds(self) -> float:
+        """Time since the trial began."""
+        return time.monotonic() - self._began
+
+    @property
+    def failure(self) -> str | None:
+        """Why the trial cannot go on, if it cannot."""
+        if self.losses and not math.isfinite(self.losses[-1]):
+            return f"the training loss is {self.losses[-1]} at step {len(self.losses)}; try a lower learning rate"
+        return None
+
+    def validate(self) -> Metrics:
+        """Score the prompt as it stands on the validation split, and keep it if it is the best so far.
+
+        Raises FloatingPointError where the scores are no numbers: the last update may overflow after a finite loss.
+        """
+        split = self._bench.split("validation")
+        scores = self._bench.score(self.slot.prompt, split.inputs)
+        if np.isnan(scores.log_probabilities).any():
+            raise FloatingPointError(f"the scores are nan after step {len(self.losses)}; try a lower learning rate")
+        metrics = measure_scores(split.gold, scores)
+        now = Best(self.slot.prompt.detach().cpu().clone(), metrics, self.slot.steps_done)
+        if self.best is None or now.rank > self.best.rank:
+            self.best = now
+        self.rungs_passed += 1
+        return metrics
+
+    def progress(self) -> TrialProgress:
+        """What a watcher shows of it."""
+        return TrialProgress(
+            number=self.number,
+            title=self.title,
+            step=self.slot.steps_done,
+            steps=self.slot.settings.steps,
+            rung=self.rungs_passed,
+            rungs=len(self._rungs),
+            score=self.best.metrics.accuracy if self.best else None,
+            loss=self.losses[-1],
+        )
+
+    def prompt(self) -> SoftPrompt:
+        """The best prompt so far, as an artifact."""
+        if self.best is None:
+            raise RuntimeError(f"{self.title} has not been validated yet")
+        experiment, backbone = self._bench.experiment, self._bench.backbone
+        return SoftPrompt(
+            vectors=self.best.vectors,
+            template=experiment.template,
+            words=dict(experiment.labels.words),
+            max_tokens=experiment.training.max_tokens,
+            weights_sha256=backbone.weights_sha256,
+            tokenizer_sha256=backbone.tokenizer_sha256,
+            base=backbone.reference,
+            precision=experiment.precision,
+            provenance={
+                "experiment": experiment.name,
+                "fingerprint": experiment.fingerprint,
+                "seed": experiment.seed,
+                "dataset": {"source": self._bench.data.source, "digest": self._bench.data.digest},
+                "params": self.params,
+                "trial": self.number,
+                "step": self.best.step,
+                "validation": self.best.metrics.model_dump(exclude={"correct"}),
+                "versions": versions(),
+            },
+        )
+
+
+def tune(bench: Workbench, params: dict[str, Any], *, number: int = 0) -> SoftPrompt:
+    """Train one prompt to the end of its steps and return the best of its rungs.
+
+    Raises FloatingPointError where the loss stops being finite.
+    """
+    tuning = Tuning(bench, params, number=number, seed=[bench.experiment.seed, number])
+    while not tuning.slot.finished:
+        tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+        if tuning.failure:
+            raise FloatingPointError(tuning.failure)
+        if tuning.at_rung:
+            tuning.validate()
+    return tuning.prompt()
+
+
+def describe(params: dict[str, Any]) -> str:
+    """The settings of a trial in words, as `labels · P=20 · lr 0.01`."""
+    own = [f"{k.partition('.')[2]} {_short(v)}" for k, v in params.items() if "." in k]
+    return " · ".join(
+        [params["initialization"], f"P={params['length']}", f"lr {_short(params['learning_rate'])}", *own]
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    return value if len(str(value)) <= 24 else f"{str(value)[:23]}…"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {"python": platform.python_version(), **{n: version(n) for n in ("softprompt", "torch", "transformers")}}

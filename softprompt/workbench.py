@@ -1,0 +1,128 @@
+"""Everything that the trials of one experiment share in one process: the backbone, and the examples as tokens.
+
+Prompt, input and label that the model has too few positions for are refused here, before anything is trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softprompt.backbone import Backbone
+from softprompt.composition import Example
+from softprompt.data import PreparedData, encode_inputs, encode_labels, prepare
+from softprompt.errors import UserError
+from softprompt.home import cache_home
+from softprompt.inference import Classifier, Scores
+from softprompt.initialization import STRATEGIES
+from softprompt.loading import load_backbone
+from softprompt.spec import ExperimentSpec
+from softprompt.training import Settings, Slot
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a split as tokens."""
+
+    inputs: list[tuple[int, ...]]
+    """Token ids of each input."""
+    gold: list[int]
+    """Index of each row's label among the experiment's."""
+    cut: int
+    """Inputs that were longer than `training.max_tokens` and had a field cut."""
+
+
+class Workbench:
+    """An experiment with its model loaded and its data tokenized."""
+
+    def __init__(
+        self, experiment: ExperimentSpec, data: PreparedData | None = None, backbone: Backbone | None = None
+    ) -> None:
+        self.experiment = experiment
+        self.data = data or prepare(experiment, cache_home())
+        self.backbone = backbone or load_backbone(
+            experiment.model, precision=experiment.precision, device=experiment.execution.device
+        )
+        self.labels = encode_labels(experiment.labels.words, self.backbone.tokenizer)
+        self._splits: dict[tuple[str, str, int], Split] = {}
+        self._check_positions()
+
+    def split(self, name: str, *, template: str | None = None, max_tokens: int | None = None) -> Split:
+        """The rows of `train`, `validation` or `test`, by the experiment's template and limit or by others."""
+        key = (name, template or self.experiment.template, max_tokens or self.experiment.training.max_tokens)
+        if key not in self._splits:
+            self._splits[key] = self._encode(*key)
+        return self._splits[key]
+
+    def _check_positions(self) -> None:
+        limit = getattr(self.backbone.model.config, "max_position_embeddings", None)
+        prompt, tokens = self.experiment.search.longest, self.experiment.training.max_tokens
+        label = max(map(len, self.labels.values()))
+        if limit and prompt + tokens + label > limit:
+            raise UserError(
+                f"search.length: up to {prompt} vectors, training.max_tokens={tokens} and a label of {label} tokens "
+                f"make {prompt + tokens + label} positions, and the model has {limit}; lower one of the two"
+            )
+
+    def _encode(self, name: str, template: str, max_tokens: int) -> Split:
+        rows = self.data.split(name)
+        encoded = encode_inputs(
+            rows,
+            template=template,
+            fields=self.experiment.fields,
+            tokenizer=self.backbone.tokenizer,
+            max_tokens=max_tokens,
+        )
+        order = {label: n for n, label in enumerate(self.labels)}
+        return Split(encoded.inputs, [order[label] for label in rows["label"]], encoded.cut)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The training rows."""
+        split = self.split("train")
+        targets = list(self.labels.values())
+        return [Example(row, targets[gold]) for row, gold in zip(split.inputs, split.gold, strict=True)]
+
+    def score(self, prompt: Tensor, inputs: Sequence[Sequence[int]]) -> Scores:
+        """Scores of the labels for each input, after a prompt `[P, H]`; P may be 0."""
+        return Classifier(self.backbone, prompt, list(self.labels.values())).score(inputs)
+
+    def start(self, params: dict[str, Any], *, seed: Sequence[int]) -> Slot:
+        """A slot for one trial.
+
+        Args:
+            params: `length`, `initialization`, `learning_rate`, and the settings of the kind, as `uniform.bound`.
+            seed: what the trial's random streams are drawn from; the same gives the same prompt.
+
+        Raises UserError where one of the first three is missing, or the kind is none.
+        """
+        for name in ("length", "initialization", "learning_rate"):
+            if name not in params:
+                raise UserError(f"params: {name!r} is missing, found {', '.join(params) or 'none'}; add it")
+        draws, order = np.random.SeedSequence(seed).generate_state(2)
+        training = self.experiment.training
+        settings = Settings(
+            steps=training.steps,
+            batch_size=training.batch_size,
+            learning_rate=params["learning_rate"],
+            schedule=training.schedule,
+            warmup_steps=training.warmup_steps,
+            weight_decay=training.weight_decay,
+            clip_norm=training.clip_norm,
+            seed=int(order),
+        )
+        return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device)
+
+    def _initial(self, params: dict[str, Any], seed: int) -> Tensor:
+        kind, length = params["initialization"], params["length"]
+        if kind not in STRATEGIES:
+            raise UserError(f"params: no initialization {kind!r}; use one of {', '.join(STRATEGIES)}")
+        generator = torch.Generator().manual_seed(seed)
+        own = {k.partition(".")[2]: v for k, v in params.items() if k.startswith(f"{kind}.")}
+        if kind == "labels":
+            own["words"] = list(self.labels.values())
+        return STRATEGIES[kind](self.backbone, length, generator, **own)

@@ -1,0 +1,44 @@
+"""The environment of every test: no network, no telemetry, and no trace outside a folder of this session.
+
+Prefect, MLflow and transformers read the environment when they are imported, so it is set here, before any of
+them. What the user has configured is dropped: a test never reaches somebody's server, results or caches.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_SESSION = Path(tempfile.mkdtemp(prefix="softprompt-tests-"))
+atexit.register(shutil.rmtree, _SESSION, ignore_errors=True)
+
+for _name in list(os.environ):
+    if _name.startswith(("PREFECT_", "MLFLOW_", "SOFTPROMPT_")):
+        del os.environ[_name]
+
+os.environ.update(
+    DO_NOT_TRACK="true",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+    HF_HOME=str(_SESSION / "huggingface"),
+    PREFECT_HOME=str(_SESSION / "prefect"),  # cached results live here, and would outlive the test database
+    OMP_NUM_THREADS="1",  # tiny models only lose by a second thread
+    SOFTPROMPT_HOME=str(_SESSION / "state"),
+    SOFTPROMPT_CACHE=str(_SESSION / "cache"),
+)
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One temporary Prefect server for all tests that run whole flows; it takes some ten seconds to start."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield

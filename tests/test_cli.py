@@ -1,0 +1,198 @@
+"""The command as a person meets it: real processes, exit codes, and what they say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.cli import app
+from tests.tiny import tiny_experiment
+
+ROOT = Path(__file__).parents[1]
+DEFAULT = ROOT / "experiments" / "movie-sentiment.yaml"
+COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
+
+
+def call(*arguments: object, **environment: object) -> Any:
+    """The command within this process: quick, for what does not get as far as Prefect."""
+    return CliRunner().invoke(app, [*map(str, arguments)], env={k: str(v) for k, v in environment.items()})
+
+
+def run(*arguments: object, **environment: object) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env={**os.environ, **{k: str(v) for k, v in environment.items()}},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+
+
+def sentence(result: Any, code: int = 2) -> str:
+    found = result.returncode if isinstance(result, subprocess.CompletedProcess) else result.exit_code
+    assert found == code, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("softprompt: ")
+    return str(lines[0])
+
+
+def test_help_names_every_command():
+    shown = run("--help").stdout
+    assert all(name in shown for name in ("sweep", "tune", "evaluate", "predict", "ui"))
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("search.lenght=3", ["search.lenght", "no such key"]),
+        ("training.steps=0", ["training.steps", "greater than or equal to 1", "0"]),
+        ("search.length={low: 9, high: 3}", ["search.length", "low <= high", "low=9, high=3"]),
+        ("labels.field=stars", ["stars", "labels.field", "text"]),
+        ("template='{txt}'", ["txt", "template"]),
+        ("splits.test=100000", ["splits.test", "100000"]),
+        ("execution.device=cuda:7", ["device", "cuda:7"]),
+        ("data.path=nowhere.csv", ["nowhere.csv"]),
+        ("model.path=nowhere", ["model.path", "nowhere"]),
+        ("nonsense", ["nonsense", "dotted.key=value"]),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence_and_nothing_written(tmp_path: Path, override: str, parts: list[str]):
+    file = write_experiment(tmp_path)
+    home = tmp_path / "home"
+    said = sentence(call("sweep", file, "--dry-run", "--set", override, SOFTPROMPT_HOME=home))
+    assert all(part in said for part in parts), said
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("latin.csv", "text,label\ncafé,positive\n".encode("latin-1"), ["latin.csv", "UTF-8", "2"]),
+        ("broken.csv", b"text,label\nfine,positive,more\n", ["broken.csv:2"]),
+        ("broken.jsonl", b'{"text": "a", "label": "positive"}\n{"text": \n', ["broken.jsonl:2"]),
+        ("other.csv", b"text,label\nfine,meh\n", ["other.csv:2", "meh", "positive"]),
+        ("empty.csv", b"", ["empty.csv"]),
+    ],
+)
+def test_a_broken_file_is_named_with_its_row(tmp_path: Path, name: str, content: bytes, parts: list[str]):
+    file = write_experiment(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    said = sentence(call("sweep", file, "--dry-run", "--set", f"data.path={tmp_path / name}"))
+    assert all(part in said for part in parts), said
+
+
+def test_a_package_that_cannot_be_fetched(tmp_path: Path):
+    said = sentence(
+        call("sweep", DEFAULT, "--dry-run", SOFTPROMPT_CACHE=tmp_path, PIP_NO_INDEX=1, PIP_FIND_LINKS=tmp_path)
+    )
+    assert "vaderSentiment==3.3.2" in said
+
+
+def test_a_package_of_another_hash(tmp_path: Path):
+    kept = tmp_path / "packages" / yaml.safe_load(DEFAULT.read_text())["data"]["sha256"]
+    kept.mkdir(parents=True)
+    (kept / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"something else")
+    said = sentence(call("sweep", DEFAULT, "--dry-run", SOFTPROMPT_CACHE=tmp_path))
+    assert "vaderSentiment-3.3.2.tar.gz" in said
+    assert "5d7c06e0" in said
+
+
+def test_a_state_folder_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").touch()
+    said = sentence(call("sweep", write_experiment(tmp_path), SOFTPROMPT_HOME=tmp_path / "file" / "home"))
+    assert "SOFTPROMPT_HOME" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk(tmp_path: Path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        said = sentence(call("sweep", write_experiment(tmp_path), SOFTPROMPT_HOME=small / "home"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert "No space left" in said
+
+
+def test_dry_run_tells_the_plan_and_trains_nothing(tmp_path: Path):
+    home = tmp_path / "home"
+    result = call("sweep", write_experiment(tmp_path), "--dry-run", SOFTPROMPT_HOME=home)
+    assert result.exit_code == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        *("experiment", "model", "composition", "data", "search", "budget", "trial", "cost")
+    ]
+    assert not home.exists()
+
+
+def test_dry_run_of_the_other_commands(tmp_path: Path):
+    home, file = tmp_path / "home", write_experiment(tmp_path)
+    tuned = call("tune", file, "--dry-run", SOFTPROMPT_HOME=home)
+    assert tuned.exit_code == 0, tuned.stderr
+    assert "1 trial\n" in tuned.stdout
+    evaluated = call("evaluate", file, "--dry-run", SOFTPROMPT_HOME=home)
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert "nothing is trained" in evaluated.stdout
+    assert not home.exists()
+
+
+def test_tune_keeps_its_prompt_in_a_folder(tmp_path: Path):
+    home, file, out = {"SOFTPROMPT_HOME": tmp_path / "home"}, write_experiment(tmp_path), tmp_path / "kept"
+    tuned = run("tune", file, "--out", out, "--set", "training.steps=3", **home)
+    assert tuned.returncode == 0, tuned.stderr
+    assert f"predict --prompt {out}" in tuned.stdout
+    assert (out / "adapter_model.safetensors").is_file()
+    assert "exists already" in sentence(call("tune", file, "--out", out))
+    assert call("predict", "a film", "--prompt", out, SOFTPROMPT_HOME=tmp_path / "other").exit_code == 0
+    assert not (tmp_path / "other").exists()
+
+
+def test_sweep_then_predict(tmp_path: Path):
+    home = {"SOFTPROMPT_HOME": tmp_path / "home"}
+    swept = run("sweep", write_experiment(tmp_path), "--set", "budget.trials=2", **home)
+    assert swept.returncode == 0, swept.stderr
+    assert swept.stderr == ""
+    assert "is the new champion" in swept.stdout
+    assert f"MLFLOW_TRACKING_URI=sqlite:///{tmp_path}/home/mlflow.db mlflow models serve" in swept.stdout
+    assert "trial 1" in swept.stdout
+
+    said = run("predict", "a good one", "a bad one", **home)
+    assert said.returncode == 0, said.stderr
+    header, *rows = said.stdout.splitlines()
+    assert header == "text,label,p(negative),p(positive)"
+    assert len(rows) == 2
+
+    out = tmp_path / "answers.csv"
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n{"text": "bad"}\n')
+    written = run("predict", "--file", tmp_path / "rows.jsonl", "--out", out, **home)
+    assert written.returncode == 0, written.stderr
+    assert len(out.read_text().splitlines()) == 3
+
+    (tmp_path / "wrong.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    failed = run("predict", "--file", tmp_path / "wrong.jsonl", "--out", tmp_path / "none.csv", **home)
+    assert "wrong.jsonl:2" in sentence(failed)
+    assert not (tmp_path / "none.csv").exists()
+
+    assert "no such registered prompt" in sentence(run("predict", "x", "--version", "9", **home))
+
+
+def test_predict_without_anything_registered(tmp_path: Path):
+    home = tmp_path / "home"
+    assert "run a sweep first" in sentence(run("predict", "a text", SOFTPROMPT_HOME=home))
+    assert not home.exists()
+
+
+def write_experiment(folder: Path) -> Path:
+    experiment = tiny_experiment(folder)
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
+    return file

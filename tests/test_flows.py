@@ -1,0 +1,267 @@
+"""Whole flows against a real Prefect server, on a tiny model."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import TaskRun
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import Artifact
+from prefect.client.schemas.sorting import TaskRunSort
+from prefect.states import State
+
+from flows.evaluate import evaluate
+from flows.sweep import SweepResult, sweep
+from flows.tune import tune
+from softprompt import registry, training
+from softprompt.errors import UserError
+from softprompt.home import study_storage, tracking_uri
+from softprompt.loading import load_backbone
+from softprompt.registry import champion_version
+from softprompt.search import load_study
+from softprompt.spec import ExperimentSpec, LocalModel
+from softprompt.tracking import Tracker
+from tests.tiny import tiny_experiment, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> ExperimentSpec:
+    return tiny_experiment(tmp_path_factory.mktemp("flows"), name="tiny-flows")
+
+
+@pytest.fixture(scope="module")
+def swept(experiment: ExperimentSpec, prefect_server: None) -> State[SweepResult]:
+    """The end of a first sweep."""
+    state: State[SweepResult] = sweep(experiment, return_state=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def swept_again(experiment: ExperimentSpec, swept: State[SweepResult]) -> State[SweepResult]:
+    """The end of a second sweep of the same experiment."""
+    state: State[SweepResult] = sweep(experiment, return_state=True)
+    return state
+
+
+def only(state: State) -> FlowRunFilter:
+    assert state.state_details.flow_run_id is not None
+    return FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+
+
+def task_runs(state: State) -> list[TaskRun]:
+    """The task runs of a flow run, in the order of their begin."""
+    with get_client(sync_client=True) as client:
+        found: list[TaskRun] = client.read_task_runs(
+            flow_run_filter=only(state), sort=TaskRunSort.EXPECTED_START_TIME_ASC
+        )
+        return found
+
+
+def artifacts(state: State) -> dict[str | None, Artifact]:
+    flow_run = state.state_details.flow_run_id
+    assert isinstance(flow_run, UUID)
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run]))
+        )
+        return {artifact.key: artifact for artifact in found}
+
+
+def states(state: State) -> dict[str, str | None]:
+    """The end of each task by the task's name; those that record a trial are left out."""
+    found = {run.name.rsplit("-", 1)[0]: run.state_name for run in task_runs(state)}
+    return {name: end for name, end in found.items() if not name.startswith("trial ")}
+
+
+def mlflow_statuses(experiment: ExperimentSpec) -> set[str]:
+    runs = MlflowClient(tracking_uri()).search_runs([Tracker(experiment).experiment_id])
+    return {run.info.status for run in runs}
+
+
+def test_a_sweep_ends_with_a_registered_champion(swept, experiment):
+    result = swept.result()
+    assert [t.number for t in result.trials] == [0, 1, 2, 3]
+    assert list(result.evaluation.systems)[:4] == [
+        "majority class",
+        "TF-IDF + logistic regression",
+        "no prompt",
+        "instruction",
+    ]
+    assert list(result.evaluation.systems)[-1] == f"winner, {result.evaluation.title}"
+    assert {m.rows for m in result.evaluation.systems.values()} == {60}
+    assert (result.decision.version, result.decision.promoted) == (1, True)
+    finished = [t for t in result.trials if t.outcome == "finished"]
+    assert result.evaluation.title == max(finished, key=lambda t: t.score or 0).title
+
+
+def test_the_records_of_a_sweep_say_what_came_of_it(swept, experiment):
+    result, client = swept.result(), MlflowClient(tracking_uri())
+    parent = client.get_run(result.sweep.run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["prefect.flow_run_id"] == str(swept.state_details.flow_run_id)
+    assert parent.data.tags["softprompt.decision"] == f"v1 promoted: {result.decision.reason}"
+    assert parent.data.metrics["test_accuracy"] == result.evaluation.winner.accuracy
+    assert {"evaluation.json", "evaluation.png", "data.json"} <= {
+        a.path for a in client.list_artifacts(parent.info.run_id)
+    }
+    winner = client.get_run(result.evaluation.run_id)
+    assert winner.data.tags["softprompt.winner"] == "true"
+    assert winner.data.metrics["test_accuracy"] == result.evaluation.winner.accuracy
+
+
+def test_a_person_can_read_the_run_on_its_page(swept):
+    result, found = swept.result(), artifacts(swept)
+    assert {"data", "mlflow-run", "trials", "result", "decision"} <= found.keys()
+    for trial in result.trials:
+        assert json.dumps(trial.title) in str(found["trials"].data)
+    assert f"| winner, {result.evaluation.title} | " in str(found["result"].data)
+    assert str(found["decision"].data).startswith("**tiny-flows v1 is the new champion**")
+    assert f"/runs/{result.sweep.run_id}" in str(found["mlflow-run"].data)
+
+
+def test_every_trial_is_a_task_run_named_for_its_end(swept):
+    names = [run.name for run in task_runs(swept)]
+    for trial in swept.result().trials:
+        assert [n for n in names if n.startswith(f"{trial.title}: {trial.outcome}")]
+
+
+def test_a_second_sweep_takes_from_the_cache_what_the_inputs_decide(swept_again):
+    found = states(swept_again)
+    assert (found["prepare_data"], found["evaluate_baselines"]) == ("Cached", "Cached")
+    assert (found["tune_prompts"], found["register_prompt"]) == ("Completed", "Completed")
+
+
+def test_a_second_sweep_of_one_seed_finds_the_same_and_keeps_the_champion(swept, swept_again, experiment):
+    first, second = swept.result(), swept_again.result()
+    assert second.evaluation.title == first.evaluation.title
+    assert second.evaluation.winner == first.evaluation.winner
+    assert second.evaluation.champion == first.evaluation.winner
+    assert (second.decision.version, second.decision.promoted, champion_version(experiment.name)) == (2, False, 1)
+    assert "champion v1" in second.evaluation.systems
+
+
+def test_the_working_directory_stays_clean(swept_again):
+    assert not any((Path.cwd() / name).exists() for name in ("mlruns", "mlflow.db", ".softprompt"))
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_prepared_data_that_is_gone_is_made_anew(tmp_path):
+    other = tiny_experiment(tmp_path, name="tiny-gone", seed=7, budget={"trials": 1})
+    first = evaluate_fails_without_champion(other)
+    folder = Path(os.environ["SOFTPROMPT_CACHE"]) / "data"
+    for prepared in folder.iterdir():
+        shutil.rmtree(prepared)
+    assert states(first)["prepare_data"] == "Completed"
+    assert states(evaluate_fails_without_champion(other))["prepare_data"] == "Completed"
+
+
+def evaluate_fails_without_champion(experiment: ExperimentSpec) -> State:
+    state: State = evaluate(experiment, return_state=True)
+    with pytest.raises(UserError, match="no such registered prompt"):
+        state.result()
+    return state
+
+
+def test_a_champion_of_another_base_model_is_kept_with_the_reason(swept_again, experiment, tmp_path):
+    other = tiny_experiment(tmp_path, name=experiment.name, model={"kind": "local", "path": str(tmp_path / "other")})
+    tiny_model(seed=5).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    result = sweep(other.with_one_trial())
+    assert (result.decision.promoted, champion_version(experiment.name)) == (False, 1)
+    assert result.decision.reason.startswith(
+        "champion v1 could not be measured on these rows: the prompt belongs to another base model"
+    )
+    assert (result.evaluation.champion, result.evaluation.champion_version) == (None, 1)
+
+
+def test_evaluate_measures_what_is_registered(swept, experiment):
+    systems = evaluate(experiment)
+    assert list(systems)[-1] == "tiny-flows champion"
+    assert systems["tiny-flows champion"] == swept.result().evaluation.winner
+    runs = MlflowClient(tracking_uri()).search_runs(
+        [Tracker(experiment).experiment_id], "attributes.run_name = 'evaluate tiny-flows champion'"
+    )
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.metrics["test_accuracy"] == systems["tiny-flows champion"].accuracy
+    assert runs[0].data.params["test_rows"] == "60"
+    assert runs[0].data.tags["prefect.flow_run_id"]
+
+
+def test_new_weights_at_the_same_place_are_measured_anew(tmp_path):
+    local = tiny_experiment(tmp_path, name="tiny-replaced", budget={"trials": 1})
+    tune(local)
+    tiny_model(seed=3).save_pretrained(tmp_path / "model")
+    load_backbone.cache_clear()  # as in a new process
+    state: State = tune(local, return_state=True)
+    assert (states(state)["prepare_data"], states(state)["evaluate_baselines"]) == ("Cached", "Completed")
+
+
+def test_a_step_that_fails_after_the_version_is_made_is_tried_again_without_another(tmp_path, monkeypatch):
+    real, calls = registry.decide, []
+
+    def fail_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError("the server is away")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(registry, "decide", fail_once)
+    retried = tiny_experiment(tmp_path, name="tiny-retried", budget={"trials": 1})
+    assert sweep(retried).decision.version == 1
+    assert len(MlflowClient(tracking_uri()).search_model_versions("name = 'tiny-retried'")) == 1
+    assert mlflow_statuses(retried) == {"FINISHED"}
+
+
+def test_tune_trains_the_first_start_and_registers_nothing(experiment, tmp_path):
+    single = tiny_experiment(tmp_path, name="tiny-single")
+    evaluation = tune(single)
+    assert (evaluation.trial, evaluation.title) == (0, "trial 0: labels · P=4 · lr 0.1")
+    assert champion_version("tiny-single") is None
+    assert mlflow_statuses(single) == {"FINISHED"}
+
+
+def test_a_mistake_is_not_tried_again_and_leaves_nothing_behind(experiment, tmp_path):
+    broken = experiment.model_copy(update={"name": "tiny-broken", "model": LocalModel(path=str(tmp_path / "nowhere"))})
+    state: State = sweep(broken, return_state=True)
+    with pytest.raises(UserError, match=r"model\.path: .*nowhere holds no config\.json"):
+        state.result()
+    opening = task_runs(state)[-1]
+    assert (opening.name.rsplit("-", 1)[0], opening.run_count, opening.state_name) == ("open_study", 1, "Failed")
+    assert MlflowClient(tracking_uri()).get_experiment_by_name("tiny-broken") is None
+
+
+def test_no_trial_that_finishes_is_a_clear_failure(tmp_path):
+    space = {"length": 2, "learning_rate": 0.1, "initialization": [{"kind": "uniform", "bound": 1e39}]}
+    broken = tiny_experiment(
+        tmp_path, name="tiny-nan", search=space | {"pruner": {"kind": "none", "every": 6}}, budget={"trials": 2}
+    )
+    state: State = sweep(broken, return_state=True)
+    with pytest.raises(UserError, match=r"no trial of tiny-nan-[-\w]+ finished; look at the reasons"):
+        state.result()
+    assert mlflow_statuses(broken) == {"FAILED"}
+
+
+def test_an_interrupt_leaves_nothing_open(experiment, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    stopped = tiny_experiment(tmp_path, name="tiny-stopped")
+    real = training.step
+
+    def interrupt(backbone, slots):
+        if slots[0].steps_done == 2:
+            raise KeyboardInterrupt
+        return real(backbone, slots)
+
+    monkeypatch.setattr("softprompt.lane.step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(stopped)
+    assert "RUNNING" not in mlflow_statuses(stopped)
+    (name,) = {
+        r.data.tags["optuna.study"] for r in MlflowClient(tracking_uri()).search_runs([Tracker(stopped).experiment_id])
+    }
+    assert {t.state.name for t in load_study(name, study_storage(), stopped).trials} == {"FAIL"}

@@ -1,0 +1,382 @@
+"""A whole lane on a tiny model: real study, real tracking store, real training."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import TrialState
+
+from softprompt import search, training
+from softprompt.data import prepare
+from softprompt.errors import UserError
+from softprompt.home import cache_home, state_home, study_storage, tracking_uri
+from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
+from softprompt.progress import SearchProgress, TrialProgress, watched_by
+from softprompt.prompt import SoftPrompt
+from softprompt.spec import ExperimentSpec
+from softprompt.tracking import Tracker, _experiment_id, close_open_runs
+from softprompt.tuning import Tuning, tune
+from softprompt.workbench import Workbench
+from tests.tiny import tiny_experiment
+
+SPACE: dict[str, Any] = {
+    "length": {"low": 1, "high": 8, "log": True},
+    "learning_rate": {"low": 0.01, "high": 0.3, "log": True},
+    "initialization": [{"kind": "labels"}, {"kind": "normal"}, {"kind": "uniform", "bound": 1e39}],
+    "pruner": {"kind": "none", "every": 6},
+}
+LABELS = {"length": 4, "initialization": "labels", "learning_rate": 0.1}
+NORMAL = {"length": 2, "initialization": "normal", "learning_rate": 0.05}
+OVERFLOW = {"length": 3, "initialization": "uniform", "learning_rate": 0.1}
+"""Numbers up to 1e39 are infinite in float32: the first loss is nan."""
+_names = (f"tiny-{n}" for n in count())
+
+
+@dataclass
+class Ran:
+    """What a lane left behind."""
+
+    experiment: ExperimentSpec
+    bench: Workbench
+    sweep: Sweep
+    records: list[TrialRecord]
+
+    @property
+    def study(self) -> optuna.Study:
+        return search.load_study(self.sweep.name, study_storage(), self.experiment)
+
+    @property
+    def children(self) -> list[Run]:
+        """The trials' runs, by trial number."""
+        client = MlflowClient(tracking_uri())
+        found = client.search_runs(
+            [Tracker(self.experiment).experiment_id], f"tags.`mlflow.parentRunId` = '{self.sweep.run_id}'"
+        )
+        return sorted(found, key=lambda run: int(run.data.tags["optuna.trial"]))
+
+    def prompt(self, number: int, folder: Path) -> SoftPrompt:
+        return SoftPrompt.load(Tracker(self.experiment).fetch_prompt(self.children[number].info.run_id, folder))
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory) -> Callable[..., Ran]:
+    """A sweep that is open and has not run yet."""
+
+    def opened(*start: dict[str, Any], space: dict[str, Any] | None = None, **overrides: Any) -> Ran:
+        parts = {"name": next(_names), "search": SPACE | {"start": start} | (space or {})}
+        parts |= {"budget": {"trials": len(start)}}
+        experiment = tiny_experiment(tmp_path_factory.mktemp("lane"), **parts | overrides)
+        bench = Workbench(experiment, prepare(experiment, cache_home()))
+        state_home().mkdir(parents=True, exist_ok=True)
+        return Ran(experiment, bench, open_sweep(experiment, bench.data, {"prefect.flow_run_id": experiment.name}), [])
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def run(make: Callable[..., Ran]) -> Callable[..., Ran]:
+    """A sweep that has run to its end."""
+
+    def ran(*start: dict[str, Any], **overrides: Any) -> Ran:
+        made = make(*start, **overrides)
+        Lane(made.bench, made.sweep, on_end=made.records.append).run()
+        return made
+
+    return ran
+
+
+@pytest.fixture(scope="module")
+def ends(run: Callable[..., Ran]) -> Ran:
+    """A trial that finished and one that failed."""
+    return run(LABELS, OVERFLOW)
+
+
+def test_the_status_of_a_run_tells_how_its_trial_ended(ends):
+    finished, failed = ends.children
+    assert (finished.info.status, finished.data.tags["softprompt.outcome"]) == ("FINISHED", "finished")
+    assert (failed.info.status, failed.data.tags["softprompt.outcome"]) == ("FAILED", "failed")
+    assert failed.data.tags["softprompt.reason"] == "the training loss is nan at step 1; try a lower learning rate"
+
+
+def test_study_tracker_and_records_agree(ends):
+    states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+    for record, trial, child in zip(ends.records, ends.study.trials, ends.children, strict=True):
+        assert trial.state == states[record.outcome]
+        assert trial.user_attrs["run_id"] == child.info.run_id == record.run_id
+        assert trial.user_attrs["title"] == record.title == f"trial {child.info.run_name}"
+        assert (child.data.tags["optuna.study"], child.data.tags["optuna.trial"]) == (
+            ends.sweep.name,
+            str(record.number),
+        )
+        assert child.data.tags["prefect.flow_run_id"] == ends.experiment.name
+        assert trial.user_attrs.get("reason", "") == child.data.tags.get("softprompt.reason", "") == record.reason
+
+
+def test_a_run_has_its_settings_and_its_curves(ends):
+    client, child = MlflowClient(tracking_uri()), ends.children[0]
+    assert child.data.params == {"length": "4", "initialization": "labels", "learning_rate": "0.1"}
+    losses = client.get_metric_history(child.info.run_id, "train_loss")
+    assert [m.step for m in losses] == list(range(1, 13))
+    assert all(math.isfinite(m.value) for m in losses)
+    for metric in ("val_accuracy", "val_loss", "val_illegal"):
+        assert [m.step for m in client.get_metric_history(child.info.run_id, metric)] == [6, 12]
+    assert child.data.metrics["best_val_accuracy"] == ends.records[0].score == ends.study.trials[0].value
+
+
+def test_a_failed_run_shows_the_loss_that_ended_it(ends):
+    child = ends.children[1]
+    (loss,) = MlflowClient(tracking_uri()).get_metric_history(child.info.run_id, "train_loss")
+    assert (loss.step, math.isnan(loss.value)) == (1, True)
+    assert MlflowClient(tracking_uri()).list_artifacts(child.info.run_id) == []
+
+
+def test_a_run_names_its_data_by_digest(ends):
+    parent = MlflowClient(tracking_uri()).get_run(ends.sweep.run_id)
+    assert parent.inputs is not None
+    seen = {i.tags[0].value: i.dataset.digest for i in parent.inputs.dataset_inputs}
+    assert seen == dict.fromkeys(("train", "validation", "test"), ends.bench.data.digest[:8])
+    assert {i.tags[0].value for i in ends.children[0].inputs.dataset_inputs} == {"train", "validation"}
+
+
+def test_the_parent_run_holds_the_experiment(ends):
+    parent = MlflowClient(tracking_uri()).get_run(ends.sweep.run_id)
+    assert parent.info.run_name.startswith("sweep ")
+    assert parent.data.tags["optuna.study"] == ends.sweep.name
+    assert parent.data.tags["softprompt.fingerprint"] == ends.experiment.fingerprint
+    assert parent.data.params["test_rows"] == "60"
+    assert parent.info.status == "RUNNING"  # closed by the task that registers the winner
+
+
+def test_the_prompt_of_a_trial_loads_and_says_where_it_comes_from(ends, tmp_path):
+    prompt = ends.prompt(0, tmp_path)
+    prompt.require(ends.bench.backbone)
+    assert prompt.length == 4
+    assert prompt.provenance["params"] == LABELS
+    assert prompt.provenance["dataset"]["digest"] == ends.bench.data.digest
+    assert prompt.provenance["validation"]["accuracy"] == ends.records[0].score
+
+
+def test_the_model_is_never_touched(ends):
+    assert ends.bench.backbone.weights_sha256 == ends.bench.backbone.weights_in_memory_sha256()
+    assert not any(p.requires_grad for p in ends.bench.backbone.model.parameters())
+
+
+def test_a_weak_trial_is_pruned(run, monkeypatch):
+    scores = iter([0.9, 0.8, 0.2])
+    real = Tuning.validate
+
+    def validate(tuning):
+        return real(tuning).model_copy(update={"accuracy": next(scores)})
+
+    monkeypatch.setattr(Tuning, "validate", validate)
+    ran = run(LABELS, NORMAL, space={"pruner": {"kind": "halving", "first_rung": 6, "factor": 2}})
+    assert [r.outcome for r in ran.records] == ["finished", "pruned"]
+    assert ran.records[1].reason == "20.0% at step 6 is too far behind other trials"
+    assert (ran.children[1].info.status, ran.study.trials[1].state) == ("KILLED", TrialState.PRUNED)
+    assert (ran.study.trials[1].intermediate_values, ran.records[1].steps) == ({6: 0.2}, 6)
+
+
+def test_scores_that_are_no_numbers_fail_one_trial_and_not_the_lane(run, monkeypatch):
+    real = training.step
+
+    def poison(backbone, slots):
+        losses = real(backbone, slots)
+        if slots[0].steps_done == 12 and slots[0].prompt.shape[0] == LABELS["length"]:
+            slots[0].prompt.data.fill_(torch.nan)
+        return losses
+
+    monkeypatch.setattr("softprompt.lane.step", poison)
+    ran = run(LABELS, NORMAL)
+    assert [r.outcome for r in ran.records] == ["failed", "finished"]
+    assert ran.records[0].reason == "the scores are nan after step 12; try a lower learning rate"
+    assert ran.prompt(0, state_home() / "fetched").provenance["step"] == 6  # the rung before is kept
+
+
+FOUR = (LABELS, NORMAL, LABELS | {"length": 8}, NORMAL | {"learning_rate": 0.3})
+
+
+@pytest.fixture(scope="module")
+def alone(run: Callable[..., Ran]) -> Ran:
+    """Four known trials one after the other."""
+    return run(*FOUR)
+
+
+def test_a_trial_does_not_depend_on_its_neighbours(run, alone, tmp_path):
+    together = run(*FOUR, execution={"device": "cpu", "slots": 3})
+    by_number = sorted(together.records, key=lambda r: r.number)
+    for number, record in enumerate(by_number):
+        ours, theirs = alone.prompt(number, tmp_path / f"a{number}"), together.prompt(number, tmp_path / f"b{number}")
+        assert ours.provenance["params"] == theirs.provenance["params"]
+        assert FOUR[number].items() <= ours.provenance["params"].items()
+        assert record.score == alone.records[number].score
+        torch.testing.assert_close(theirs.vectors, ours.vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_the_library_alone_trains_the_same_prompt(alone, tmp_path):
+    assert torch.equal(tune(alone.bench, dict(NORMAL), number=1).vectors, alone.prompt(1, tmp_path).vectors)
+
+
+def test_the_same_seed_gives_the_same_winner_bit_for_bit(run, tmp_path):
+    kinds = [{"kind": kind} for kind in ("labels", "normal", "vocabulary")]
+    space = {"initialization": kinds, "startup_trials": 1, "pruner": {"kind": "halving", "first_rung": 3}}
+    first, second = (run(LABELS, space=space, budget={"trials": 4}) for _ in range(2))
+    told = [[(r.outcome, r.score, r.steps, r.title) for r in ran.records] for ran in (first, second)]
+    assert told[0] == told[1]
+    winners = [search.best_trial(ran.study).number for ran in (first, second)]
+    assert winners[0] == winners[1]
+    prompts = [ran.prompt(winners[0], tmp_path / ran.sweep.run_id) for ran in (first, second)]
+    assert torch.equal(prompts[0].vectors, prompts[1].vectors)
+
+
+def test_the_clock_ends_the_search_and_keeps_what_runs(run):
+    training = {"steps": 100_000, "batch_size": 4, "max_tokens": 48, "schedule": "constant", "warmup_steps": 0}
+    ran = run(
+        *FOUR[:2],
+        training=training | {"weight_decay": 0.0, "clip_norm": 1.0},
+        budget={"minutes": 0.02},
+        space={"pruner": {"kind": "none", "every": 50_000}},
+        execution={"device": "cpu", "slots": 2},
+    )
+    assert [r.outcome for r in ran.records] == ["finished", "finished"]
+    for record in ran.records:
+        assert 0 < record.steps < 100_000
+        assert record.reason == f"budget.minutes was spent at step {record.steps}"
+        assert describe_end(record).endswith(f"(budget.minutes was spent at step {record.steps})")
+    assert search.best_trial(ran.study).value == max(r.score or 0 for r in ran.records)
+
+
+def test_a_space_with_nothing_new_ends_the_search(run, monkeypatch):
+    monkeypatch.setattr(search, "_PATIENCE", 12)
+    space = {"length": 2, "learning_rate": 0.1, "initialization": [{"kind": "labels"}, {"kind": "normal"}]}
+    ran = run(space=space, budget={"trials": 9})
+    assert sorted(r.title.partition(": ")[2] for r in ran.records) == [
+        "labels · P=2 · lr 0.1",
+        "normal · P=2 · lr 0.1 · scale 1",
+    ]
+
+
+class Impatient:
+    """A watcher that loses patience at a step."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def step(self, trial: TrialProgress, search: SearchProgress) -> None:
+        if trial.step == self._at:
+            raise KeyboardInterrupt
+
+    def end(self, title: str, outcome: str, search: SearchProgress) -> None:
+        pass
+
+
+def assert_nothing_is_open(ran: Ran) -> None:
+    assert {child.info.status for child in ran.children} <= {"FINISHED", "KILLED", "FAILED"}
+    assert TrialState.RUNNING not in {t.state for t in ran.study.trials}
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_an_interrupt_leaves_no_trial_open(make, at: int):
+    ran = make(*FOUR, execution={"device": "cpu", "slots": 3})
+    with watched_by(Impatient(at)), pytest.raises(KeyboardInterrupt):
+        Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    assert_nothing_is_open(ran)
+    assert [r.outcome for r in ran.records] == ["interrupted"] * 3
+    assert {r.reason for r in ran.records} == {"KeyboardInterrupt"}
+    assert {c.info.status for c in ran.children} == {"KILLED"}
+
+
+def test_an_interrupt_while_a_trial_is_recorded_leaves_none_open(make):
+    ran = make(*FOUR, execution={"device": "cpu", "slots": 3})
+
+    def interrupt(record: TrialRecord) -> None:
+        ran.records.append(record)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Lane(ran.bench, ran.sweep, on_end=interrupt).run()
+    assert_nothing_is_open(ran)
+    assert [r.outcome for r in ran.records] == ["finished", "interrupted", "interrupted"]
+
+
+def test_a_trial_that_cannot_start_is_not_left_open(make, monkeypatch):
+    ran = make(LABELS)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ran.bench, "start", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        Lane(ran.bench, ran.sweep).run()
+    assert [t.state for t in ran.study.trials] == [TrialState.FAIL]
+
+
+def test_what_a_killed_process_left_open_is_closed(make):
+    ran = make(LABELS)
+    Lane(ran.bench, ran.sweep)._refill()
+    close_open_runs(ran.experiment.name, "failed", "gone")
+    for run in (*ran.children, MlflowClient(tracking_uri()).get_run(ran.sweep.run_id)):
+        assert (run.info.status, run.data.tags["softprompt.reason"]) == ("FAILED", "gone")
+        assert run.data.tags["softprompt.outcome"] == "failed"
+
+
+def test_what_was_ended_keeps_its_end_and_what_mlflow_alone_finished_is_open(run):
+    ran, client = run(LABELS), MlflowClient(tracking_uri())
+    client.set_terminated(ran.sweep.run_id, "FINISHED")  # as registering a version does
+    close_open_runs(ran.experiment.name, "failed", "gone")
+    assert client.get_run(ran.sweep.run_id).info.status == "FAILED"
+    assert [c.info.status for c in ran.children] == ["FINISHED"]
+
+
+def test_two_sweeps_in_one_second_are_two_studies(make):
+    ran = make(LABELS)
+    names = {open_sweep(ran.experiment, ran.bench.data, {}).name for _ in range(3)}
+    assert len(names) == 3
+
+
+def test_an_experiment_that_was_deleted_in_mlflow_is_refused_before_there_is_a_study(make):
+    ran = make(LABELS)
+    MlflowClient(tracking_uri()).delete_experiment(Tracker(ran.experiment).experiment_id)
+    before = optuna.get_all_study_names(study_storage())
+    with pytest.raises(UserError, match=rf"^name: the MLflow experiment '{ran.experiment.name}' is deleted in sqlite"):
+        open_sweep(ran.experiment, ran.bench.data, {})
+    assert optuna.get_all_study_names(study_storage()) == before
+
+
+def test_an_experiment_that_another_process_makes_meanwhile_is_taken(monkeypatch):
+    real, looks = MlflowClient.get_experiment_by_name, []
+
+    def late(client, name):
+        looks.append(name)
+        return None if len(looks) == 1 else real(client, name)
+
+    made = MlflowClient(tracking_uri()).create_experiment(next(_names))
+    name = MlflowClient(tracking_uri()).get_experiment(made).name
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    assert _experiment_id(MlflowClient(tracking_uri()), name) == made
+
+
+def test_progress_counts_down_and_shows_the_best(make):
+    ran, seen = make(*FOUR[:2]), []
+
+    class Eyes(Impatient):
+        def step(self, trial: TrialProgress, search: SearchProgress) -> None:
+            seen.append((trial, search))
+
+    with watched_by(Eyes(0)):
+        Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    assert [(t.number, t.step) for t, _ in seen] == [(n, s) for n in (0, 1) for s in range(1, 13)]
+    assert [s.ended for _, s in seen] == [0] * 12 + [1] * 12
+    assert seen[-1][1].best == max(r.score or 0 for r in ran.records)
+    assert seen[0][1].best is None
+    assert (seen[-1][0].rung, seen[-1][0].rungs) == (2, 2)

@@ -1,0 +1,242 @@
+"""The study: which trials are asked for, in which order, and how often."""
+
+from itertools import count
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from softprompt import search
+from softprompt.errors import UserError
+from softprompt.spec import ExperimentSpec, load_experiment
+
+DEFAULT = Path(__file__).parent.parent / "experiments" / "movie-sentiment.yaml"
+pytestmark = pytest.mark.filterwarnings("error")  # what a user would see, be it ours or Optuna's
+
+
+@pytest.fixture
+def storage() -> InMemoryStorage:
+    return InMemoryStorage()
+
+
+@pytest.fixture
+def open_study(storage):
+    """Make and load a study of the default experiment with overrides."""
+    names = (f"study-{n}" for n in count())
+
+    def make(*overrides: str) -> tuple[optuna.Study, ExperimentSpec]:
+        experiment = load_experiment(DEFAULT, list(overrides))
+        name = next(names)
+        search.create_study(name, storage, experiment)
+        return search.load_study(name, storage, experiment), experiment
+
+    return make
+
+
+FINITE = (
+    "search.length={choices: [2, 4]}",
+    "search.learning_rate=0.01",
+    "search.initialization=[{kind: labels}, {kind: uniform}]",
+    "search.start=[]",
+)
+"""Four points."""
+
+
+def ask(study: optuna.Study, experiment: ExperimentSpec) -> tuple[optuna.Trial, search.Params]:
+    asked = search.ask(study, experiment.search)
+    assert asked is not None
+    return asked
+
+
+def test_the_space_is_translated_with_its_bounds_and_scales(open_study):
+    study, experiment = open_study("search.initialization.0.bound={low: 0.1, high: 0.9}")
+    for _ in range(12):
+        study.tell(ask(study, experiment)[0], 0.5)
+    seen = {name: d for t in study.trials for name, d in t.distributions.items()}
+    assert seen == {
+        "length": IntDistribution(1, 64, log=True),
+        "initialization": CategoricalDistribution(("uniform", "normal", "vocabulary", "text", "labels")),
+        "learning_rate": FloatDistribution(0.003, 0.1, log=True),
+        "uniform.bound": FloatDistribution(0.1, 0.9),
+    }
+
+
+def test_settings_of_a_kind_stand_only_beside_it_and_constants_are_not_suggested(open_study):
+    study, experiment = open_study("search.initialization.0.bound={low: 0.1, high: 0.9}", "search.start=[]")
+    expected = {"uniform": {"uniform.bound"}, "normal": {"normal.scale"}, "vocabulary": {"vocabulary.most_common"}}
+    expected |= {"text": {"text.text"}, "labels": set()}
+    for kind, own in expected.items():
+        study.enqueue_trial({"initialization": kind, "learning_rate": 0.05, "length": 3})
+        trial, params = ask(study, experiment)
+        assert {k for k in params if "." in k} == own
+        assert {k for k in trial.params if "." in k} == own & {"uniform.bound"}
+    assert params == {"length": 3, "initialization": "labels", "learning_rate": 0.05}
+
+
+def test_choices_are_suggested_as_they_are(open_study):
+    study, experiment = open_study(*FINITE)
+    trial, params = ask(study, experiment)
+    assert trial.distributions["length"] == CategoricalDistribution((2, 4))
+    assert params["learning_rate"] == 0.01
+    assert "learning_rate" not in trial.params
+
+
+def test_starting_points_come_first_in_their_order(open_study):
+    one = "{length: 7, initialization: labels, learning_rate: 0.1}"
+    two = "{length: 64, initialization: text, learning_rate: 0.003}"
+    study, experiment = open_study(f"search.start=[{one}, {two}]")
+    first, second, third = (ask(study, experiment)[1] for _ in range(3))
+    assert first == {"length": 7, "initialization": "labels", "learning_rate": 0.1}
+    assert {k: second[k] for k in first} == {"length": 64, "initialization": "text", "learning_rate": 0.003}
+    assert third not in (first, second)
+
+
+def test_the_same_seed_suggests_the_same(open_study):
+    def asked(seed: int) -> list[search.Params]:
+        study, experiment = open_study(f"seed={seed}", "search.startup_trials=3")
+        suggestions = []
+        for n in range(8):
+            trial, params = ask(study, experiment)
+            study.tell(trial, 1 / (2 + n))
+            suggestions.append(params)
+        return suggestions
+
+    assert asked(1) == asked(1)
+    assert asked(1)[1:] != asked(2)[1:]
+
+
+def same_again(study: optuna.Study, experiment: ExperimentSpec, trial: optuna.Trial) -> search.Params:
+    """Ask for a trial's point once more; the next one that is really new."""
+    study.enqueue_trial(trial.params)
+    return ask(study, experiment)[1]
+
+
+def test_the_twin_of_a_finished_trial_gets_its_score_and_is_not_trained(open_study):
+    study, experiment = open_study()
+    trial, params = ask(study, experiment)
+    study.tell(trial, 0.8)
+    assert same_again(study, experiment, trial) != params
+    twin = study.trials[1]
+    assert (twin.state, twin.value, twin.user_attrs) == (TrialState.COMPLETE, 0.8, {search.DUPLICATE_OF: 0})
+
+
+def test_the_twin_of_a_pruned_trial_is_pruned_with_its_rungs(open_study):
+    study, experiment = open_study()
+    trial, params = ask(study, experiment)
+    trial.report(0.5, 30)
+    trial.report(0.6, 60)
+    study.tell(trial, state=TrialState.PRUNED)
+    assert same_again(study, experiment, trial) != params
+    twin = study.trials[1]
+    assert (twin.state, twin.intermediate_values) == (TrialState.PRUNED, {30: 0.5, 60: 0.6})
+
+
+def test_the_twin_of_a_running_trial_is_not_trained_beside_it(open_study):
+    study, experiment = open_study()
+    trial, params = ask(study, experiment)
+    assert same_again(study, experiment, trial) != params
+    assert [t.state for t in study.trials] == [TrialState.RUNNING, TrialState.PRUNED, TrialState.RUNNING]
+
+
+def test_the_twin_of_a_failed_trial_is_tried_again(open_study):
+    study, experiment = open_study()
+    trial, params = ask(study, experiment)
+    study.tell(trial, state=TrialState.FAIL)
+    assert same_again(study, experiment, trial) == params
+
+
+def test_settings_that_stand_for_themselves_are_no_twins(open_study):
+    study, experiment = open_study()
+    for kind in ("uniform", "normal"):
+        study.enqueue_trial({"length": 5, "initialization": kind, "learning_rate": 0.01})
+    assert len({ask(study, experiment)[1]["initialization"] for _ in range(3)}) == 3
+
+
+def test_a_finite_space_ends(open_study):
+    study, experiment = open_study(*FINITE)
+    points = []
+    while (asked := search.ask(study, experiment.search)) is not None:
+        study.tell(asked[0], 0.5)
+        points.append((asked[1]["length"], asked[1]["initialization"]))
+    assert sorted(points) == [(2, "labels"), (2, "uniform"), (4, "labels"), (4, "uniform")]
+    assert len(search.counted(study)) == 4
+    assert not [t for t in study.trials if t.state == TrialState.RUNNING]
+
+
+def test_a_space_of_one_point_ends(open_study):
+    study, experiment = open_study(
+        "search.length=2", "search.learning_rate=0.01", "search.initialization=[{kind: labels}]", "search.start=[]"
+    )
+    trial, params = ask(study, experiment)
+    assert params == {"length": 2, "initialization": "labels", "learning_rate": 0.01}
+    study.tell(trial, 0.5)
+    assert search.ask(study, experiment.search) is None
+
+
+def test_waiting_and_duplicate_trials_do_not_count(open_study):
+    study, experiment = open_study()
+    assert len(study.trials) == 1  # the starting point waits
+    assert search.counted(study) == []
+    trial, _ = ask(study, experiment)
+    same_again(study, experiment, trial)
+    study.tell(trial, state=TrialState.FAIL)
+    assert [t.number for t in search.counted(study)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "kind"),
+    [
+        ("{kind: halving, first_rung: 10, factor: 3}", SuccessiveHalvingPruner),
+        ("{kind: median, every: 10}", MedianPruner),
+        ("{kind: none, every: 10}", NopPruner),
+    ],
+)
+def test_the_pruner_is_the_one_asked_for(open_study, pruner: str, kind: type):
+    study, _ = open_study(f"search.pruner={pruner}")
+    assert type(study.pruner) is kind
+
+
+def scored(study: optuna.Study, experiment: ExperimentSpec, *scores: float) -> list[bool]:
+    """Whether a new trial would be pruned at each of its rungs."""
+    trial, _ = ask(study, experiment)
+    verdicts = []
+    for rung, score in zip(experiment.rungs, scores, strict=False):
+        trial.report(score, rung)
+        verdicts.append(trial.should_prune())
+    study.tell(trial, scores[-1])
+    return verdicts
+
+
+def test_halving_stops_all_but_the_best_half_at_each_rung(open_study):
+    study, experiment = open_study("search.pruner={kind: halving, first_rung: 30, factor: 2}")
+    assert scored(study, experiment, 0.6, 0.7, 0.8) == [False, False, False]
+    assert scored(study, experiment, 0.5) == [True]
+    assert scored(study, experiment, 0.65, 0.6) == [False, True]
+
+
+def test_the_median_pruner_waits_for_its_startup_trials(open_study):
+    study, experiment = open_study("search.pruner={kind: median, every: 60, startup_trials: 2}")
+    assert [scored(study, experiment, s) for s in (0.6, 0.5, 0.4, 0.7)] == [[False], [False], [True], [False]]
+
+
+def test_the_best_trial_breaks_ties_by_loss_then_by_age(open_study):
+    study, experiment = open_study()
+    for score, loss in ((0.7, 0.1), (0.8, 0.4), (0.8, 0.3), (0.8, 0.3)):
+        trial, _ = ask(study, experiment)
+        trial.set_user_attr(search.VAL_LOSS, loss)
+        study.tell(trial, score)
+    pruned, _ = ask(study, experiment)
+    pruned.report(0.9, 30)
+    study.tell(pruned, state=TrialState.PRUNED)
+    assert search.best_trial(study).number == 2
+
+
+def test_without_a_finished_trial_there_is_no_best(open_study):
+    study, experiment = open_study()
+    study.tell(ask(study, experiment)[0], state=TrialState.FAIL)
+    with pytest.raises(UserError, match=r"no trial of .* finished; look at the reasons of the failed ones"):
+        search.best_trial(study)

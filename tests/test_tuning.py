@@ -1,0 +1,119 @@
+"""One trial from its start to its prompt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.data import prepare
+from softprompt.evaluation import measure_scores
+from softprompt.prompt import SoftPrompt
+from softprompt.training import step
+from softprompt.tuning import Tuning, describe, tune
+from softprompt.workbench import Workbench
+from tests.tiny import tiny_experiment
+
+PARAMS: dict[str, Any] = {"length": 4, "initialization": "labels", "learning_rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    folder = tmp_path_factory.mktemp("tuning")
+    experiment = tiny_experiment(folder)
+    return Workbench(experiment, prepare(experiment, folder / "cache"))
+
+
+def run(bench: Workbench, tuning: Tuning) -> list[float]:
+    """Train to the end, validating at every rung; the accuracies found there."""
+    found = []
+    while not tuning.slot.finished:
+        tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+        if tuning.at_rung:
+            found.append(tuning.validate().accuracy)
+    return found
+
+
+def test_a_trial_is_scored_at_its_rungs_and_keeps_its_best(bench: Workbench) -> None:
+    tuning = Tuning(bench, PARAMS, number=3, seed=[0, 3])
+    found = run(bench, tuning)
+    assert len(found) == 3 == tuning.rungs_passed
+    assert len(tuning.losses) == 12
+    assert tuning.best is not None
+    assert tuning.best.metrics.accuracy == max(found)
+    assert tuning.best.step in (3, 6, 12)
+    split = bench.split("validation")
+    assert measure_scores(split.gold, bench.score(tuning.prompt().vectors, split.inputs)) == tuning.best.metrics
+
+
+def test_the_best_is_not_touched_by_the_steps_after_it(bench: Workbench) -> None:
+    tuning = Tuning(bench, PARAMS, number=0, seed=[0])
+    step(bench.backbone, [tuning.slot])
+    tuning.validate()
+    assert tuning.best is not None
+    before = tuning.best.vectors.clone()
+    step(bench.backbone, [tuning.slot])
+    assert torch.equal(tuning.best.vectors, before)
+    assert not torch.equal(tuning.slot.prompt, before)
+
+
+def test_tuning_twice_gives_the_same_bits(bench: Workbench) -> None:
+    one, two = tune(bench, PARAMS, number=2), tune(bench, PARAMS, number=2)
+    assert torch.equal(one.vectors, two.vectors)
+    assert one.provenance == two.provenance
+    assert not torch.equal(tune(bench, PARAMS, number=1).vectors, one.vectors)
+
+
+def test_the_prompt_says_where_it_comes_from(bench: Workbench, tmp_path: Path) -> None:
+    prompt = tune(bench, PARAMS, number=2)
+    assert prompt.provenance["experiment"] == "tiny-sentiment"
+    assert prompt.provenance["fingerprint"] == bench.experiment.fingerprint
+    assert prompt.provenance["dataset"]["digest"] == bench.data.digest
+    assert prompt.provenance["params"] == PARAMS
+    assert prompt.provenance["trial"] == 2
+    assert set(prompt.provenance["versions"]) == {"python", "softprompt", "torch", "transformers"}
+    assert prompt.base == bench.experiment.model.model_dump()
+    json.dumps(prompt.provenance)
+    read = SoftPrompt.load(prompt.save(tmp_path / "prompt"))
+    read.require(bench.backbone)
+    assert read.provenance == prompt.provenance
+
+
+def test_no_prompt_before_the_first_rung(bench: Workbench) -> None:
+    with pytest.raises(RuntimeError, match="has not been validated yet"):
+        Tuning(bench, PARAMS, number=0, seed=[0]).prompt()
+
+
+def test_a_loss_that_is_not_finite_is_a_failure(bench: Workbench) -> None:
+    tuning = Tuning(bench, PARAMS, number=0, seed=[0])
+    assert tuning.failure is None
+    with torch.no_grad():
+        tuning.slot.prompt[0, 0] = float("nan")
+    tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+    assert tuning.failure == "the training loss is nan at step 1; try a lower learning rate"
+
+
+def test_progress_says_how_far_it_is(bench: Workbench) -> None:
+    tuning = Tuning(bench, PARAMS, number=5, seed=[0])
+    tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+    progress = tuning.progress()
+    assert (progress.number, progress.step, progress.steps, progress.rung, progress.rungs) == (5, 1, 12, 0, 3)
+    assert progress.score is None
+    assert progress.loss == tuning.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({}, "labels · P=4 · lr 0.1"),
+        ({"initialization": "uniform", "uniform.bound": 0.25}, "uniform · P=4 · lr 0.1 · bound 0.25"),
+        ({"learning_rate": 0.0123456}, "labels · P=4 · lr 0.012"),
+        (
+            {"initialization": "text", "text.text": "Is this film good or is it bad?"},
+            "text · P=4 · lr 0.1 · text Is this film good or is…",
+        ),
+    ],
+)
+def test_a_trial_in_words(own: dict[str, Any], words: str) -> None:
+    assert describe(PARAMS | own) == words

@@ -1,0 +1,114 @@
+"""What the trials of an experiment share: rows as tokens, and slots that start as they are asked to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.composition import Example
+from softprompt.data import prepare
+from softprompt.errors import UserError
+from softprompt.workbench import Workbench
+from tests.tiny import tiny_backbone, tiny_experiment
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    folder = tmp_path_factory.mktemp("bench")
+    experiment = tiny_experiment(folder)
+    return Workbench(experiment, prepare(experiment, folder / "cache"))
+
+
+def test_a_split_is_the_rows_in_their_order(bench: Workbench) -> None:
+    split, rows = bench.split("validation"), bench.data.split("validation")
+    assert len(split.inputs) == len(split.gold) == 40
+    for row, tokens, gold in zip(rows, split.inputs, split.gold, strict=True):
+        assert bench.backbone.tokenizer.decode(list(tokens)) == f"Review: {row['text']}\nSentiment:"
+        assert list(bench.labels)[gold] == row["label"]
+    assert bench.split("validation") is split
+
+
+def test_another_template_is_another_split(bench: Workbench) -> None:
+    plain = bench.split("test", template="{text}")
+    assert bench.split("test", template="{text}") is plain
+    assert bench.split("test").inputs != plain.inputs
+    assert bench.split("test").gold == plain.gold
+
+
+def test_long_inputs_are_cut_and_counted(tmp_path: Path) -> None:
+    experiment = tiny_experiment(tmp_path)
+    short = experiment.model_copy(update={"training": experiment.training.model_copy(update={"max_tokens": 12})})
+    split = Workbench(short, prepare(short, tmp_path / "cache")).split("train")
+    assert max(map(len, split.inputs)) == 12
+    assert 0 < split.cut <= 140
+
+
+def test_examples_end_with_the_tokens_of_their_label(bench: Workbench) -> None:
+    split, words = bench.split("train"), list(bench.labels.values())
+    assert len(bench.examples) == 140
+    assert bench.examples[5] == Example(split.inputs[5], words[split.gold[5]])
+
+
+PARAMS: list[dict[str, Any]] = [
+    {"initialization": "uniform", "uniform.bound": 0.25},
+    {"initialization": "normal", "normal.scale": 0.5},
+    {"initialization": "vocabulary", "vocabulary.most_common": 100},
+    {"initialization": "text", "text.text": "a good film"},
+    {"initialization": "labels"},
+]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=lambda params: params["initialization"])
+def test_a_slot_starts_by_its_parameters_and_its_seed(bench: Workbench, params: dict[str, Any]) -> None:
+    params = {"length": 9, "learning_rate": 0.1, **params}
+    one, same, other = (bench.start(params, seed=seed) for seed in ([0, 1], [0, 1], [0, 2]))
+    assert one.prompt.shape == (9, 32)
+    assert torch.equal(one.prompt, same.prompt)
+    assert one.settings == same.settings
+    assert one.next_examples() == same.next_examples()
+    assert not torch.equal(one.prompt, other.prompt)
+    assert one.next_examples() != other.next_examples()
+    assert one.settings.learning_rate == 0.1
+
+
+def test_settings_of_a_kind_reach_it(bench: Workbench) -> None:
+    slot = bench.start({"length": 50, "learning_rate": 0.1, **PARAMS[0]}, seed=[0])
+    assert 0.2 < slot.prompt.abs().max() <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"length": 2, "learning_rate": 0.1, "initialization": "zeros"}, "no initialization 'zeros'; use one of unif"),
+        ({"length": 2, "learning_rate": 0.1, "initialization": "Backbone"}, "no initialization 'Backbone'; use one of"),
+        ({"length": 2, "initialization": "labels"}, "'learning_rate' is missing, found length, initialization"),
+        ({"initialization": "labels", "learning_rate": 0.1}, "'length' is missing"),
+        ({}, "'length' is missing, found none"),
+    ],
+)
+def test_parameters_that_start_no_slot_are_refused(bench: Workbench, params: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        bench.start(params, seed=[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prompt_input_and_label_fit_into_the_model(bench: Workbench, kind: str) -> None:
+    def try_with(max_tokens: int) -> None:
+        training = bench.experiment.training.model_copy(update={"max_tokens": max_tokens})
+        Workbench(bench.experiment.model_copy(update={"training": training}), bench.data, tiny_backbone(kind))
+
+    label = max(map(len, bench.labels.values()))
+    try_with(256 - 8 - label)
+    told = rf"search\.length: up to 8 vectors, training\.max_tokens={249 - label} .* 257 positions, .* has 256; lower"
+    with pytest.raises(UserError, match=told):
+        try_with(249 - label)
+
+
+def test_an_empty_prompt_scores_the_model_itself(bench: Workbench) -> None:
+    inputs = bench.split("validation").inputs[:3]
+    scores = bench.score(torch.zeros(0, 32), inputs)
+    for row, found in zip(inputs, scores.log_probabilities, strict=True):
+        with torch.no_grad():
+            expected = bench.backbone.model(torch.tensor([row])).logits[0, -1].log_softmax(0)
+        assert found.tolist() == pytest.approx([expected[ids[0]].item() for ids in bench.labels.values()], rel=1e-4)

@@ -1,0 +1,1 @@
+"""What a user launches or schedules, and the command line."""

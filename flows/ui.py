@@ -1,0 +1,275 @@
+"""MLflow, Prefect and the Optuna dashboard over one state, served on loopback by one command.
+
+Each is a process of its own, in its own process group, so that all of it ends with us. Nothing here listens beyond this
+machine, and a server that the user has configured is named, not started a second time.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from flows.environment import configured_server, prepare_environment, served_api, served_note
+from softprompt.errors import UserError
+from softprompt.home import artifact_root, state_home, study_storage, tracking_uri
+
+HOST = "127.0.0.1"
+_START_SECONDS = 180
+_STOP_SECONDS = 4
+
+
+@dataclass(frozen=True)
+class _Page:
+    """One server: how it is started, and when it is there."""
+
+    name: str
+    shows: str
+    port: int
+    option: str
+    """The option of `softprompt ui` that moves it to another port."""
+    health: str
+    module: tuple[str, ...]
+    """What follows `python -m`."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        return state_home() / "logs" / f"{self.option.removeprefix('--').removesuffix('-port')}.log"
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.address + self.health, timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+def serve_pages(*, mlflow_port: int = 5000, prefect_port: int = 4200, optuna_port: int = 8080) -> None:
+    """Serve the pages until Ctrl-C, SIGTERM or SIGHUP.
+
+    Args:
+        mlflow_port: port of MLflow; nothing is started where `MLFLOW_TRACKING_URI` names a server.
+        prefect_port: port of Prefect; nothing is started where a Prefect server is configured.
+        optuna_port: port of the Optuna dashboard.
+
+    Raises UserError, before anything is started, where a port is taken or the state is served already, and
+    SystemExit(1) where a server does not start or ends by itself.
+    """
+    served = served_api()
+    if served:
+        raise UserError(f"this state is served already, with Prefect on {served}; stop the other `softprompt ui` first")
+    pages = _pages(mlflow_port, prefect_port, optuna_port)
+    _require_free(pages)
+    prepare_environment()
+    from softprompt.store import create_stores  # imports MLflow, which reads the environment
+
+    create_stores()
+    with ExitStack() as stack:
+        stack.enter_context(_signals_interrupt())
+        _serve(pages, stack)
+
+
+def _serve(pages: list[_Page], stack: ExitStack) -> None:
+    try:
+        for name, address in _addresses_elsewhere().items():
+            _say(f"{name:<17} {address} (your own server)")
+        _say(f"starting {', '.join(page.name for page in pages)}")
+        running = [(page, stack.enter_context(_process(page))) for page in pages]
+        stack.callback(_ask_to_end, [process for _, process in running])
+        _await_answers(running)
+        if any(page.name == "Prefect" for page in pages):
+            stack.enter_context(_note(f"http://{HOST}:{_port_of('Prefect', pages)}/api"))
+        _say("Ctrl-C stops them")
+        while True:
+            _check_alive(running)
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        _say("stopping")
+
+
+def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]:
+    """The servers to start: those that the user has not got."""
+    elsewhere = _addresses_elsewhere()
+    every = [
+        _Page(
+            "MLflow",
+            "runs, metrics and registered prompts",
+            mlflow_port,
+            "--mlflow-port",
+            "/health",
+            ("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"),
+            {
+                "MLFLOW_BACKEND_STORE_URI": tracking_uri(),
+                "MLFLOW_ARTIFACTS_DESTINATION": artifact_root().as_uri(),
+                # The job runner is for agents and traces: eight processes that we never use.
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+        ),
+        _Page(
+            "Prefect",
+            "flow runs, deployments and schedules",
+            prefect_port,
+            "--prefect-port",
+            "/api/health",
+            ("prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)),
+            # Without these, the pages it serves would look for its API on port 4200.
+            {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(prefect_port)},
+        ),
+        _Page(
+            "Optuna dashboard",
+            "the search",
+            optuna_port,
+            "--optuna-port",
+            "/",
+            ("optuna_dashboard._cli", "--host", HOST, "--port", str(optuna_port), study_storage()),
+        ),
+    ]
+    return [page for page in every if page.name not in elsewhere]
+
+
+def _addresses_elsewhere() -> dict[str, str]:
+    """The servers of the user's own, by name."""
+    found = {}
+    if tracking_uri().startswith(("http://", "https://")):
+        found["MLflow"] = tracking_uri()
+    if configured_server():
+        from prefect.settings import get_current_settings
+
+        found["Prefect"] = str(get_current_settings().ui_url)
+    return found
+
+
+def _port_of(name: str, pages: list[_Page]) -> int:
+    return next(page.port for page in pages if page.name == name)
+
+
+def _require_free(pages: list[_Page]) -> None:
+    taken: dict[int, _Page] = {}
+    for page in pages:
+        if page.port in taken:
+            raise UserError(
+                f"port {page.port} is asked for twice, for {taken[page.port].name} and for {page.name}; "
+                f"give another one with {page.option}"
+            )
+        taken[page.port] = page
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, page.port))
+            except OSError as error:
+                raise UserError(
+                    f"port {page.port} for {page.name} cannot be used ({error.strerror}); "
+                    f"give another one with {page.option}"
+                ) from None
+
+
+@contextmanager
+def _process(page: _Page) -> Iterator[subprocess.Popen[bytes]]:
+    """A server and all that it starts, ended together when the block ends."""
+    page.log.parent.mkdir(parents=True, exist_ok=True)
+    # Its log is the only place where a server can say why it ended.
+    quiet = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "MLFLOW_LOGGING_LEVEL", "PREFECT_API_URL")
+    environment = {k: v for k, v in os.environ.items() if k not in quiet} | page.environment
+    with page.log.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *page.module],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _ask_to_end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """All at once, so that their grace periods run side by side."""
+    for process in processes:
+        _signal_group(process, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the group to end, and after a grace period end it."""
+    _signal_group(process, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_SECONDS)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _await_answers(running: list[tuple[_Page, subprocess.Popen[bytes]]]) -> None:
+    """Print each address once its server answers."""
+    deadline = time.monotonic() + _START_SECONDS
+    waiting = [page for page, _ in running]
+    while waiting:
+        _check_alive(running)
+        for page in [page for page in waiting if page.answers()]:
+            _say(f"{page.name:<17} {page.address}  {page.shows}")
+            waiting.remove(page)
+        if time.monotonic() > deadline:
+            _fail(waiting[0], f"did not answer within {_START_SECONDS} seconds")
+        time.sleep(0.3)
+
+
+def _check_alive(running: list[tuple[_Page, subprocess.Popen[bytes]]]) -> None:
+    for page, process in running:
+        if process.poll() is not None:
+            _fail(page, f"ended by itself with exit code {process.returncode}")
+
+
+def _fail(page: _Page, what: str) -> None:
+    lines = page.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    print(f"{page.name} {what}; the end of {page.log}:", *lines[-10:], sep="\n  ", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+@contextmanager
+def _note(address: str) -> Iterator[None]:
+    """Tell sweeps that start meanwhile where to report."""
+    served_note().write_text(address, encoding="utf-8")
+    try:
+        yield
+    finally:
+        served_note().unlink(missing_ok=True)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Make what ends a process otherwise unasked an interrupt, and let none of them disturb the ending."""
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = [signal.signal(number, interrupt) for number in caught]
+    try:
+        yield
+    finally:
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

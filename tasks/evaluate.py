@@ -1,0 +1,135 @@
+"""The winner on the test split, beside what there would be without it: the only tasks that read that split.
+
+A champion that cannot answer these rows is left out with the reason, and does not fail the sweep.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from pydantic import BaseModel, ConfigDict
+
+from softprompt.comparison import measure_baselines, measure_prompt
+from softprompt.data import load_prepared
+from softprompt.errors import UserError
+from softprompt.evaluation import Metrics, describe_table
+from softprompt.home import study_storage
+from softprompt.lane import Sweep
+from softprompt.loading import load_backbone
+from softprompt.progress import watcher
+from softprompt.prompt import SoftPrompt
+from softprompt.registry import champion_version, load_registered
+from softprompt.search import RUN_ID, TITLE, best_trial, load_study
+from softprompt.spec import ExperimentSpec, fingerprint
+from softprompt.tracking import Tracker
+from softprompt.workbench import Workbench
+from tasks.policy import flow_tags, may_retry
+
+
+class Evaluation(BaseModel):
+    """The systems on the test split, and which trial won."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trial: int
+    """Number of the winning trial."""
+    run_id: str
+    """Its run in MLflow."""
+    title: str
+    """Its settings in words."""
+    systems: dict[str, Metrics]
+    """Metrics by name, the baselines first."""
+    winner: Metrics
+    champion: Metrics | None
+    """The registered champion on the same rows."""
+    champion_version: int | None
+    not_measured: str
+    """Why the champion was not measured, where there is one that could not be."""
+
+
+_BASELINES = 2
+"""Changes with what the baselines are: those of an earlier number are measured anew."""
+
+
+def _baselines_key(_: Any, arguments: dict[str, Any]) -> str | None:
+    experiment: ExperimentSpec = arguments["experiment"]
+    try:
+        data = load_prepared(Path(arguments["data"]))
+        # As the task has it, from memory: a local folder may hold other weights than last time.
+        backbone = load_backbone(experiment.model, precision=experiment.precision, device=experiment.execution.device)
+    except UserError:
+        return None  # said by the task itself
+    parts = experiment.model_dump(mode="json", include={"model", "precision", "template", "labels", "evaluation"})
+    parts |= {"weights": backbone.weights_sha256, "tokenizer": backbone.tokenizer_sha256, "digest": data.digest}
+    parts |= {"max_tokens": experiment.training.max_tokens, "version": _BASELINES}
+    return f"baselines-{fingerprint(parts)}"
+
+
+@task(
+    retries=1,
+    retry_condition_fn=may_retry,
+    cache_key_fn=_baselines_key,
+    persist_result=True,
+    result_serializer="json",
+    log_prints=True,
+)
+def evaluate_baselines(experiment: ExperimentSpec, data: str) -> dict[str, Metrics]:
+    """The systems without a soft prompt on the test split; measured once per data and model."""
+    watcher().stage("measuring the baselines on the test split")
+    return measure_baselines(Workbench(experiment, load_prepared(Path(data))))
+
+
+@task(retries=1, retry_condition_fn=may_retry, log_prints=True)
+def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baselines: dict[str, Metrics]) -> Evaluation:
+    """The best trial and the champion on the test split, in one table with the baselines."""
+    watcher().stage("measuring the winner on the test split")
+    bench = Workbench(experiment, load_prepared(Path(data)))
+    best = best_trial(load_study(sweep.name, study_storage(), experiment))
+    run_id = best.user_attrs[RUN_ID]
+    tracker = Tracker(experiment)
+    with tempfile.TemporaryDirectory() as folder:
+        winner = SoftPrompt.load(tracker.fetch_prompt(run_id, Path(folder)))
+    metrics = measure_prompt(bench, winner)
+    version, champion, why_not = _measure_champion(bench)
+    title = str(best.user_attrs[TITLE])
+    systems = {**baselines, **({f"champion v{version}": champion} if champion else {}), f"winner, {title}": metrics}
+    create_markdown_artifact(key="result", markdown=describe_table(systems), description="Accuracy on the test split")
+    tracker.log_evaluation(sweep.run_id, systems)
+    tracker.log_winner(run_id, metrics)
+    return Evaluation(
+        trial=best.number,
+        run_id=run_id,
+        title=title,
+        systems=systems,
+        winner=metrics,
+        champion=champion,
+        champion_version=version,
+        not_measured=why_not,
+    )
+
+
+@task(retries=1, retry_condition_fn=may_retry, log_prints=True)
+def evaluate_registered(
+    experiment: ExperimentSpec, data: str, baselines: dict[str, Metrics], version: str
+) -> dict[str, Metrics]:
+    """A registered prompt on the test split, in one table with the baselines; recorded as a run of its own."""
+    name = f"{experiment.name} {version}"
+    watcher().stage(f"measuring {name} on the test split")
+    prepared = load_prepared(Path(data))
+    prompt = load_registered(experiment.name, version)
+    systems = {**baselines, name: measure_prompt(Workbench(experiment, prepared), prompt)}
+    Tracker(experiment).record_evaluation(f"evaluate {name}", experiment, prepared, systems, flow_tags())
+    create_markdown_artifact(key="result", markdown=describe_table(systems), description="Accuracy on the test split")
+    return systems
+
+
+def _measure_champion(bench: Workbench) -> tuple[int | None, Metrics | None, str]:
+    version = champion_version(bench.experiment.name)
+    if version is None:
+        return None, None, ""
+    try:
+        return version, measure_prompt(bench, load_registered(bench.experiment.name, str(version))), ""
+    except UserError as error:
+        return version, None, str(error)

@@ -1,0 +1,83 @@
+"""The study, and the lane that trains its trials.
+
+A model that cannot be had or used is refused before there is a study or a run: nothing is left of a mistake.
+"""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.runtime import flow_run
+
+from softprompt.data import load_prepared
+from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
+from softprompt.progress import watcher
+from softprompt.spec import ExperimentSpec
+from softprompt.store import create_stores
+from softprompt.tracking import Tracker, close_open_runs
+from softprompt.workbench import Workbench
+from tasks.policy import flow_tags, may_retry, run_link
+from tasks.prepare import describe_data
+
+
+@task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
+def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
+    """Create the Optuna study and the parent run in MLflow; of an earlier try of this flow run, nothing stays open."""
+    create_stores()
+    if flow_run.id:
+        close_open_runs(flow_run.id, "failed", "retried")
+    watcher().stage(describe_data(data))
+    watcher().stage("loading the model")
+    bench = Workbench(experiment, load_prepared(Path(data)))
+    watcher().stage(f"model ready on {bench.backbone.device}, {bench.backbone.composition_name}")
+    sweep = open_sweep(experiment, bench.data, flow_tags())
+    create_link_artifact(
+        key="mlflow-run",
+        link=run_link(Tracker(experiment).experiment_id, sweep.run_id),
+        link_text=sweep.name,
+        description="The sweep in MLflow. For local state, start the pages with `softprompt ui`.",
+    )
+    return sweep
+
+
+# Not retried: a lane cannot be resumed yet, and a new one would spend the budget anew and lose the earlier records.
+@task(retries=0, log_prints=True)
+def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[TrialRecord]:
+    """Train trials of the study on this machine's device until the budget is spent."""
+    bench = Workbench(experiment, load_prepared(Path(data)))
+    records: list[TrialRecord] = []
+
+    def record(trial: TrialRecord) -> None:
+        records.append(trial)
+        record_trial.with_options(task_run_name=f"{trial.title}: {describe_end(trial)}"[:200])(trial)
+
+    Lane(bench, sweep, on_end=record).run()
+    create_table_artifact(
+        key="trials",
+        table=[_row(r) for r in sorted(records, key=lambda r: (-(r.score or 0), r.number))],
+        description="Trials of the search, best first; the score is the accuracy on the validation split.",
+    )
+    return records
+
+
+@task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry)
+def close_study(experiment: ExperimentSpec, sweep: Sweep) -> None:
+    """Close the parent run of a study whose winner is not registered."""
+    Tracker(experiment).end(sweep.run_id, "finished")
+
+
+@task
+def record_trial(trial: TrialRecord) -> TrialRecord:
+    """Show a trial's end on the page of the flow run."""
+    return trial
+
+
+def _row(record: TrialRecord) -> dict[str, str | int | float]:
+    return {
+        "trial": record.title,
+        "outcome": record.outcome,
+        "validation accuracy": "" if record.score is None else f"{record.score:.1%}",
+        "steps": record.steps,
+        "seconds": record.seconds,
+        "reason": record.reason,
+    }

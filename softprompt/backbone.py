@@ -8,7 +8,7 @@ decides at loading which composition the model allows.
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.composition import Compose, Example, collate, concatenate, shared_prefix
+from softprompt.composition import Composition, Example, collate, concatenate, shared_prefix
+from softprompt.decoder import fits, written_out
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
 
-# Largest deviation of the shared prefix from the formula, relative to what the prompt changes, that is rounding.
+# Largest deviation of a composition from the formula, relative to what the prompt changes, that is rounding.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 _NOTE = "converted.json"
@@ -102,24 +103,32 @@ class Backbone:
         """The frozen table E, `[V, H]`."""
         return self.model.get_input_embeddings().get_parameter("weight")
 
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """The embeddings of N tokens as the model looks them up, `[N, H]` in float32; some models scale them."""
+        with torch.no_grad():
+            embedded: Tensor = self.model.get_input_embeddings()(
+                torch.tensor(ids, dtype=torch.long, device=self.device)
+            )
+        return embedded.float()
+
     @property
     def pad(self) -> int:
         """A token id for padding; which one is indifferent, because nothing reads it."""
         return self.tokenizer.pad_token_id or 0
 
     @cached_property
-    def composition(self) -> Compose:
-        """The shared prefix where it is exact for this model, else the plain concatenation."""
-        return shared_prefix if self.deviation <= _TOLERANCE[self.model.dtype] else concatenate
+    def composition(self) -> Composition[Any]:
+        """The fastest composition that is exact for this model; the plain concatenation if none is."""
+        # A GPU has the model's own fused attention.
+        fast = self.device.type == "cpu" and fits(self.model)
+        candidates: list[Composition[Any]] = [written_out, shared_prefix] if fast else [shared_prefix]
+        for composition in candidates:
+            if self.deviation(composition) <= _TOLERANCE[self.model.dtype]:
+                return composition
+        return concatenate
 
-    @property
-    def composition_name(self) -> str:
-        """The composition in words."""
-        return "shared prefix" if self.composition is shared_prefix else "concatenation"
-
-    @cached_property
-    def deviation(self) -> float:
-        """How far the shared prefix is from the formula on a few random rows, relative to what the prompts change.
+    def deviation(self, composition: Composition[Any]) -> float:
+        """How far a composition is from the formula on a few random rows, relative to what the prompts change.
 
         Rounding in bfloat16 gives a few percent; states that are not those of the formula give more than half, and a
         model that cannot be run with a kept prefix at all gives infinity.
@@ -134,10 +143,10 @@ class Backbone:
             plain = concatenate(self.model, prompts, batch).float()
             without = concatenate(self.model, [prompt[:0] for prompt in prompts], batch).float()
             try:
-                shared = shared_prefix(self.model, prompts, batch).float()
+                found = composition(self.model, prompts, batch).float()
             except (AttributeError, TypeError, ValueError, RuntimeError):
                 return float("inf")
-        return float((shared - plain).norm() / (without - plain).norm())
+        return float((found - plain).norm() / (without - plain).norm())
 
     def weights_in_memory_sha256(self) -> str:
         """The hash of the weights as they are now; equal before and after anything that we do."""

@@ -3,7 +3,7 @@
     K prompts side by side   B examples per prompt   N rows of a batch, the B of every prompt together
     P prompt length          T input tokens          H hidden size          V vocabulary
 
-Two compositions compute the same logits. `concatenate` is the formula as written. `shared_prefix` computes the
+Every composition computes the same logits. `concatenate` is the formula as written. `shared_prefix` computes the
 states at a prompt's positions once per prompt: in a causal model they depend on nothing after them, so every example
 attends to the same keys and values. Which one a model allows is decided by a number (`Backbone.composition`), never
 by its name.
@@ -13,13 +13,15 @@ Nothing here chooses data, trains or scores.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+
+States = TypeVar("States")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,18 @@ class Batch:
     """`[M]` token id that is to be predicted there."""
 
 
+def lift(examples: Sequence[Example]) -> tuple[tuple[int, ...], list[Example]]:
+    """The tokens that all inputs begin with, and the examples without them.
+
+    A template's opening words stand before every input, and like a prompt they depend on nothing after them: put behind
+    the prompt, they are computed once for all rows. Every input keeps a token of its own.
+    """
+    heads = [e.inputs[:-1] for e in examples]
+    first, last = min(heads), max(heads)  # what these two have in common, all have that stand between them
+    count = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:count], [Example(e.inputs[count:], e.target) for e in examples]
+
+
 def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, device: torch.device) -> Batch:
     """Lay N examples out as a `Batch`; `owner[n]` is the prompt of example n."""
     lines = [[*e.inputs, *e.target[:-1]] for e in examples]
@@ -60,19 +74,27 @@ def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, devi
     return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
 
-class Compose(Protocol):
-    """What the two compositions have in common."""
+@dataclass(frozen=True, slots=True)
+class Composition(Generic[States]):
+    """A way to compute the formula, in two steps: what the prompts leave behind, and rows after that."""
+
+    name: str
+    keep: Callable[[PreTrainedModel, Sequence[Tensor]], States]
+    """What K prompts `[P_k, H]` leave; inference computes it once."""
+    attend: Callable[[PreTrainedModel, States, Batch], Tensor]
+    """Logits `[M, V]` of the batch's rows, each after the prompt that owns it."""
 
     def __call__(self, model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Logits `[M, V]` at the batch's predicting places; `prompts` holds K tensors `[P_k, H]`, P_k may be 0."""
+        """Logits `[M, V]` at the batch's predicting places; P_k may be 0."""
+        return self.attend(model, self.keep(model, prompts), batch)
 
 
-def concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
+def _concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
     """The formula as written: every row carries its own copy of its prompt.
 
     A prompt shorter than the longest is padded on its left, so that prompt and tokens stay joined.
     """
-    prefix, mask = _pad_left(prompts, model)
+    prefix, mask = pad_left(prompts, model)
     width = prefix.shape[1]
     embeds = torch.cat([prefix[batch.owner], model.get_input_embeddings()(batch.tokens)], dim=1)
     tokens = torch.arange(batch.tokens.shape[1], device=mask.device) < batch.lengths[:, None]
@@ -81,16 +103,14 @@ def concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch)
     logits: Tensor = model(
         inputs_embeds=embeds,
         attention_mask=mask,
-        position_ids=_positions(mask),
+        position_ids=positions(mask),
         use_cache=False,
         logits_to_keep=keep,
     ).logits
     return logits[batch.rows, place]
 
 
-def shared_prefix(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
-    """Each prompt passes the model once, and its rows attend to the states it leaves. Causal models only."""
-    return attend(model, prefix_states(model, prompts), batch)
+concatenate = Composition("concatenation", lambda model, prompts: prompts, _concatenate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +123,22 @@ class PrefixStates:
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
 
 
-def prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
+def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
     """Run K prompts `[P_k, H]` through the model, once each."""
-    prefix, mask = _pad_left(prompts, model)
+    prefix, mask = pad_left(prompts, model)
     if prefix.shape[1] == 0:
         return PrefixStates(None, mask)
     output = model(
         inputs_embeds=prefix,
         attention_mask=None if bool(mask.all()) else mask,
-        position_ids=_positions(mask),
+        position_ids=positions(mask),
         use_cache=True,
         logits_to_keep=1,
     )
     return PrefixStates(output.past_key_values, mask)
 
 
-def attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:
+def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:
     """Logits `[M, V]` of the batch's rows, each after the states of the prompt that owns it."""
     width = batch.tokens.shape[1]
     mask = states.mask[batch.owner]
@@ -136,6 +156,9 @@ def attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor
     return logits[batch.rows, place]
 
 
+shared_prefix = Composition("shared prefix", _prefix_states, _attend)
+
+
 def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:
     if cache is None:
         return None
@@ -147,7 +170,7 @@ def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:
     return rows
 
 
-def _pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[K, P, H]` in the model's type and `[K, P]` ones and zeros, P being the longest of the lengths."""
     longest = max(len(p) for p in prompts)
     prefix = torch.stack([nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts])
@@ -156,5 +179,6 @@ def _pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor
     return prefix.to(model.dtype), (columns >= longest - lengths).long()
 
 
-def _positions(mask: Tensor) -> Tensor:
+def positions(mask: Tensor) -> Tensor:
+    """`[K, P]` positions of the vectors that a mask shows; those of padding do not matter."""
     return (mask.cumsum(1) - 1).clamp(min=0)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, attend, collate, concatenate, prefix_states, shared_prefix
+from softprompt.composition import Batch, Example, collate
 
 _ROWS = 64
 """Rows of a pass: enough to fill two CPU cores; a GPU is not filled yet."""
@@ -53,10 +53,8 @@ class Classifier:
     def __init__(self, backbone: Backbone, prompt: Tensor, labels: Labels) -> None:
         self._backbone = backbone
         self._labels = list(labels)
-        self._prompt = prompt.detach().to(backbone.device)
         with torch.inference_mode():
-            shared = backbone.composition is shared_prefix
-            self._states = prefix_states(backbone.model, [self._prompt]) if shared else None
+            self._states = backbone.composition.keep(backbone.model, [prompt.detach().to(backbone.device)])
 
     @torch.inference_mode()
     def score(self, inputs: Sequence[Sequence[int]]) -> Scores:
@@ -90,9 +88,7 @@ class Classifier:
         return collate(examples, [0] * len(inputs), pad=self._backbone.pad, device=self._backbone.device)
 
     def _logits(self, batch: Batch) -> Tensor:
-        if self._states is None:
-            return concatenate(self._backbone.model, [self._prompt], batch).float()
-        return attend(self._backbone.model, self._states, batch).float()
+        return self._backbone.composition.attend(self._backbone.model, self._states, batch).float()
 
 
 def _by_length(inputs: Sequence[Sequence[int]]) -> Iterator[list[int]]:

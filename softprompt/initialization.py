@@ -26,7 +26,7 @@ def uniform(backbone: Backbone, length: int, generator: Generator, *, bound: flo
 
 def normal(backbone: Backbone, length: int, generator: Generator, *, scale: float = 1.0) -> Tensor:
     """Each component from a normal with the mean and `scale` times the deviation of its column of the table."""
-    table = _embed(backbone, range(len(backbone.embeddings)))  # some models scale what they look up
+    table = backbone.embed(range(len(backbone.embeddings))).cpu()  # some models scale what they look up
     noise = torch.randn(length, backbone.hidden_size, generator=generator)
     return table.mean(0) + scale * table.std(0) * noise
 
@@ -41,7 +41,7 @@ def vocabulary(backbone: Backbone, length: int, generator: Generator, *, most_co
     ids = [i for i in range(len(backbone.embeddings)) if i not in special][:most_common]
     order = torch.randperm(len(ids), generator=generator)
     chosen = [ids[order[n % len(ids)]] for n in range(length)]
-    return _embed(backbone, chosen)
+    return backbone.embed(chosen).cpu()
 
 
 def text(backbone: Backbone, length: int, generator: Generator, *, text: str) -> Tensor:
@@ -49,7 +49,7 @@ def text(backbone: Backbone, length: int, generator: Generator, *, text: str) ->
     ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"search.initialization: the text {text!r} has no tokens; give a text with words in it")
-    return _fill(backbone, _embed(backbone, ids), length, generator)
+    return _fill(backbone, backbone.embed(ids).cpu(), length, generator)
 
 
 def labels(backbone: Backbone, length: int, generator: Generator, *, words: Sequence[Sequence[int]]) -> Tensor:
@@ -63,7 +63,7 @@ def labels(backbone: Backbone, length: int, generator: Generator, *, words: Sequ
     """
     end = backbone.tokenizer.eos_token_id
     meant = [[i for i in ids if i != end] or ids for ids in words]
-    vectors = torch.stack([_embed(backbone, ids).mean(0) for ids in meant])
+    vectors = torch.stack([backbone.embed(ids).cpu().mean(0) for ids in meant])
     return _fill(backbone, vectors, length, generator)
 
 
@@ -75,12 +75,6 @@ STRATEGIES: dict[str, Callable[..., Tensor]] = {
     "labels": labels,
 }
 """The strategies by the names that an experiment gives them."""
-
-
-def _embed(backbone: Backbone, ids: Sequence[int]) -> Tensor:
-    with torch.no_grad():
-        embedded: Tensor = backbone.model.get_input_embeddings()(torch.tensor(ids, device=backbone.device))
-    return embedded.float().cpu()
 
 
 def _fill(backbone: Backbone, vectors: Tensor, length: int, generator: Generator) -> Tensor:

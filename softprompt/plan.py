@@ -41,7 +41,7 @@ def _describe_materials(bench: Workbench) -> dict[str, str]:
         "experiment": f"{experiment.name}, fingerprint {experiment.fingerprint[:12]}, seed {experiment.seed}",
         "model": f"{parameters / 1e6:.0f} M parameters in {experiment.precision} on {backbone.device}, "
         f"weights sha256 {backbone.weights_sha256[:12]}",
-        "composition": f"{backbone.composition_name} (deviation {backbone.deviation:.2g})",
+        "composition": f"{backbone.composition.name} (deviation {backbone.deviation(backbone.composition):.2g})",
         "data": ", ".join(f"{rows:,} {name}" for name, rows in data.sizes.items())
         + f" rows, digest {data.digest[:12]}, {cut} inputs cut",
     }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate
+from softprompt.composition import Example, collate, lift
 
 _WINDOW = 64
 """Batches whose examples are sorted by length together: long enough for full batches of like length."""
@@ -120,9 +120,10 @@ def step(backbone: Backbone, slots: Sequence[Slot]) -> Tensor:
     """
     batches = [slot.next_examples() for slot in slots]
     owner = [k for k, batch in enumerate(batches) for _ in batch]
-    examples = [e for batch in batches for e in batch]
+    common, examples = lift([e for batch in batches for e in batch])
     batch = collate(examples, owner, pad=backbone.pad, device=backbone.device)
-    logits = backbone.composition(backbone.model, [slot.prompt for slot in slots], batch)
+    opening = backbone.embed(common)
+    logits = backbone.composition(backbone.model, [torch.cat([slot.prompt, opening]) for slot in slots], batch)
     tokens = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
     losses = _mean_by_owner(tokens, batch.owner[batch.rows], len(slots))
     losses.sum().backward()

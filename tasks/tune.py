@@ -29,7 +29,7 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
     watcher().stage(describe_data(data))
     watcher().stage("loading the model")
     bench = Workbench(experiment, load_prepared(Path(data)))
-    watcher().stage(f"model ready on {bench.backbone.device}, {bench.backbone.composition_name}")
+    watcher().stage(f"model ready on {bench.backbone.device}, {bench.backbone.composition.name}")
     sweep = open_sweep(experiment, bench.data, flow_tags())
     create_link_artifact(
         key="mlflow-run",

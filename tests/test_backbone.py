@@ -9,10 +9,11 @@ import torch
 from gguf import GGUFWriter, TokenType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from softprompt.backbone import Backbone, convert_gguf, hash_folder, hash_tensors, hash_tokenizer, pick_device
 from softprompt.composition import concatenate, shared_prefix
+from softprompt.decoder import written_out
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256
 from tests.tiny import tiny_backbone, tiny_model, tiny_tokenizer
@@ -26,30 +27,31 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_causal_model_shares_the_prefix() -> None:
-    base = tiny_backbone("llama")
-    assert base.deviation < 1e-5
+    base = tiny_backbone("gpt2")
+    assert base.deviation(shared_prefix) < 1e-5
     assert base.composition is shared_prefix
 
 
 def test_a_causal_model_in_bfloat16_shares_the_prefix() -> None:
-    base = Backbone.wrap(tiny_model("llama").bfloat16(), tiny_tokenizer())
-    assert base.deviation < 0.15
-    assert base.composition is shared_prefix
+    for kind, composition in (("llama", written_out), ("gpt2", shared_prefix)):
+        base = Backbone.wrap(tiny_model(kind).bfloat16(), tiny_tokenizer())
+        assert base.deviation(composition) < 0.15
+        assert base.composition is composition
 
 
 def test_a_model_without_keys_and_values_does_not() -> None:
     base = tiny_backbone("mamba")
-    assert base.deviation == float("inf")
+    assert base.deviation(shared_prefix) == float("inf")
     assert base.composition is concatenate
 
 
 def test_a_model_that_looks_ahead_does_not() -> None:
     base = tiny_backbone("bert")
-    assert base.deviation > 0.15
+    assert base.deviation(shared_prefix) > 0.15
     assert base.composition is concatenate
 
 
-class Forgetful(LlamaForCausalLM):
+class Forgetful(GPT2LMHeadModel):
     """Takes kept states and does not look at them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,10 +61,10 @@ class Forgetful(LlamaForCausalLM):
 
 
 def test_a_model_that_ignores_the_kept_states_does_not() -> None:
-    config = tiny_model().config
-    assert isinstance(config, LlamaConfig)
+    config = tiny_model("gpt2").config
+    assert isinstance(config, GPT2Config)
     base = Backbone.wrap(Forgetful(config), tiny_tokenizer())
-    assert 0.5 < base.deviation < float("inf")
+    assert 0.5 < base.deviation(shared_prefix) < float("inf")
     assert base.composition is concatenate
 
 

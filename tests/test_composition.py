@@ -1,7 +1,9 @@
-"""The formula: both compositions against each other, against PEFT, and against themselves in other company."""
+"""The formula: every composition against each other, against PEFT, and against themselves in other company."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,19 +13,13 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import (
-    Batch,
-    Compose,
-    Example,
-    attend,
-    collate,
-    concatenate,
-    prefix_states,
-    shared_prefix,
-)
-from tests.tiny import tiny_backbone, tiny_model
+from softprompt.composition import Batch, Composition, Example, collate, concatenate, lift, shared_prefix
+from softprompt.decoder import fits, written_out
+from tests.tiny import tiny_backbone, tiny_model, tiny_tokenizer
 
 SHARED = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "opt", "bloom", "falcon"]
+GATED = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
+FAST = [*((kind, shared_prefix) for kind in SHARED), *((kind, written_out) for kind in GATED)]
 CPU = torch.device("cpu")
 # PEFT, about its own look at the model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -50,7 +46,9 @@ def lay_out(examples: Sequence[Example], owner: Sequence[int], pad: int = 0) -> 
     return collate(examples, owner, pad=pad, device=CPU)
 
 
-def run(compose: Compose, base: Backbone, prompts: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+def run(
+    compose: Composition[Any], base: Backbone, prompts: list[Tensor], batch: Batch
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Logits, loss, and the loss's gradients with respect to the prompts."""
     parameters = [nn.Parameter(prompt.clone()) for prompt in prompts]
     logits = compose(base.model, parameters, batch)
@@ -94,13 +92,65 @@ def test_the_formula_is_the_prompt_before_the_embeddings() -> None:
     assert_close(concatenate(model, [prompt], batch), expected)
 
 
-@pytest.mark.parametrize("kind", SHARED)
-def test_both_compositions_agree(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "compose"), FAST)
+def test_all_compositions_agree(kind: str, compose: Composition[Any]) -> None:
     base = backbone(kind)
-    assert base.composition is shared_prefix
+    assert base.composition is (written_out if kind in GATED else shared_prefix)
     batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)]), [1, 0, 2, 1])
     prompts = draw_prompts([2, 6, 0])
-    assert_same(run(concatenate, base, prompts, batch), run(shared_prefix, base, prompts, batch))
+    assert_same(run(concatenate, base, prompts, batch), run(compose, base, prompts, batch))
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_layers_written_out_are_as_near_to_float32_as_the_models_own(kind: str) -> None:
+    """In bfloat16 every order of operations rounds otherwise: what counts is the distance to the exact numbers."""
+    batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)] * 4), [1, 0, 0, 1] * 4)
+    prompts = [prompt.bfloat16().float() for prompt in draw_prompts([3, 6])]
+
+    def distances(seed: int) -> list[Tensor]:
+        """Of logits and of gradients, ours as a share of the model's own."""
+        model = tiny_model(kind, seed=seed).bfloat16()
+        exact, narrow = (Backbone.wrap(m, tiny_tokenizer()) for m in (deepcopy(model).float(), model))
+        pairs = ((concatenate, exact), (concatenate, narrow), (written_out, narrow))
+        true, own, ours = (run(compose, base, prompts, batch) for compose, base in pairs)
+        flat = [[torch.cat([t.flatten().float() for t in result[n]]) for result in (true, own, ours)] for n in (0, 2)]
+        return [(found - expected).norm() / (theirs - expected).norm() for expected, theirs, found in flat]
+
+    assert torch.tensor([distances(seed) for seed in range(6)]).mean(0).max() < 1.2
+
+
+def test_layers_with_other_parts_or_a_window_are_not_written_out() -> None:
+    assert fits(tiny_model("llama"))
+    assert not any(fits(tiny_model(kind)) for kind in ("gpt2", "bloom", "mamba", "falcon", "opt"))
+    assert not fits(tiny_model("mistral", sliding_window=64))
+
+
+def test_a_scaled_residual_is_found_by_its_numbers() -> None:
+    base = tiny_backbone("granite", residual_multiplier=0.5)
+    assert base.deviation(written_out) > 0.1
+    assert base.composition is shared_prefix
+
+
+def test_what_all_inputs_begin_with_is_lifted() -> None:
+    examples = [Example((1, 2, 3, 4), (9,)), Example((1, 2, 5), (8,)), Example((1, 2, 3), (8, 7))]
+    common, rest = lift(examples)
+    assert common == (1, 2)
+    assert rest == [Example((3, 4), (9,)), Example((5,), (8,)), Example((3,), (8, 7))]
+    assert lift([Example((1, 2), (9,)), Example((1,), (9,))])[0] == ()
+    assert lift([Example((1, 2), (9,))]) == ((1,), [Example((2,), (9,))])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "gemma", "mamba"])
+def test_a_lifted_opening_changes_nothing(kind: str) -> None:
+    base = backbone(kind)
+    examples = [Example((5, 6, 7, *e.inputs), e.target) for e in draw_examples([(4, 1), (7, 3), (1, 2)])]
+    common, rest = lift(examples)
+    prompts = draw_prompts([2, 6])
+    lifted = [torch.cat([prompt, base.embed(common)]) for prompt in prompts]
+    owner = [1, 0, 1]
+    expected = concatenate(base.model, prompts, lay_out(examples, owner))
+    assert len(common) >= 3
+    assert_close(base.composition(base.model, lifted, lay_out(rest, owner)), expected)
 
 
 def test_both_compositions_agree_where_the_prompt_is_longer_than_the_attention_window() -> None:
@@ -128,9 +178,8 @@ def run_peft(kind: str, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor, l
     return logits.detach(), loss.detach(), list(torch.autograd.grad(loss, [weight]))
 
 
-@pytest.mark.parametrize("compose", [concatenate, shared_prefix])
-@pytest.mark.parametrize("kind", SHARED)
-def test_peft_computes_the_same(kind: str, compose: Compose) -> None:
+@pytest.mark.parametrize(("kind", "compose"), [*((kind, concatenate) for kind in SHARED), *FAST])
+def test_peft_computes_the_same(kind: str, compose: Composition[Any]) -> None:
     batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)]), [0] * 4)
     (prompt,) = draw_prompts([5])
     assert_same(run(compose, backbone(kind), [prompt], batch), run_peft(kind, prompt, batch))
@@ -145,23 +194,28 @@ def tasks(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]], list[int],
     return lengths, sizes, owner, draw(st.integers(0, 1000))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    ("kind", "compose"),
+    [*((kind, shared_prefix) for kind in ("llama", "gpt2", "bloom")), ("llama", written_out), ("qwen3", written_out)],
+)
 @given(task=tasks())
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-def test_any_prompts_and_rows_agree(kind: str, task: tuple[list[int], list[tuple[int, int]], list[int], int]) -> None:
+def test_any_prompts_and_rows_agree(
+    kind: str, compose: Composition[Any], task: tuple[list[int], list[tuple[int, int]], list[int], int]
+) -> None:
     lengths, sizes, owner, seed = task
     base, batch, prompts = backbone(kind), lay_out(draw_examples(sizes, seed), owner), draw_prompts(lengths, seed)
-    assert_same(run(concatenate, base, prompts, batch), run(shared_prefix, base, prompts, batch))
+    assert_same(run(concatenate, base, prompts, batch), run(compose, base, prompts, batch))
 
 
 @pytest.mark.parametrize(
     ("kind", "compose"),
-    [("llama", shared_prefix), ("llama", concatenate), ("opt", shared_prefix), ("mamba", concatenate)],
+    [("llama", written_out), ("llama", concatenate), ("opt", shared_prefix), ("mamba", concatenate)],
 )
 @given(task=tasks())
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 def test_a_row_does_not_depend_on_its_company(
-    kind: str, compose: Compose, task: tuple[list[int], list[tuple[int, int]], list[int], int]
+    kind: str, compose: Composition[Any], task: tuple[list[int], list[tuple[int, int]], list[int], int]
 ) -> None:
     lengths, sizes, owner, seed = task
     model, examples, prompts = backbone(kind).model, draw_examples(sizes, seed), draw_prompts(lengths, seed)
@@ -175,28 +229,32 @@ def test_a_row_does_not_depend_on_its_company(
 
 @pytest.mark.parametrize(
     ("kind", "compose"),
-    [("llama", shared_prefix), ("llama", concatenate), ("bert", concatenate)],  # bert looks ahead, and must be told
+    [
+        ("llama", shared_prefix),
+        ("llama", written_out),
+        ("llama", concatenate),
+        ("bert", concatenate),
+    ],  # bert looks ahead, and must be told
 )
-def test_padding_is_never_read(kind: str, compose: Compose) -> None:
+def test_padding_is_never_read(kind: str, compose: Composition[Any]) -> None:
     examples, prompts = draw_examples([(2, 1), (9, 2)]), draw_prompts([4, 1])
     zeros, others = (compose(backbone(kind).model, prompts, lay_out(examples, [0, 1], pad=p)) for p in (0, 77))
     assert_close(zeros, others)
 
 
-def test_kept_states_serve_many_batches_and_stay_as_they_are() -> None:
+@pytest.mark.parametrize("compose", [shared_prefix, written_out, concatenate])
+def test_kept_states_serve_many_batches_and_stay_as_they_are(compose: Composition[Any]) -> None:
     model = backbone("llama").model
     batch, other = lay_out(draw_examples([(4, 1), (7, 2)]), [0, 1]), lay_out(draw_examples([(3, 1)] * 5), [1] * 5)
     with torch.no_grad():
-        states = prefix_states(model, draw_prompts([3, 5]))
-        first = attend(model, states, batch)
-        attend(model, states, other)
-        assert torch.equal(attend(model, states, batch), first)
-    assert states.cache is not None
-    assert states.cache.get_seq_length() == 5
+        states = compose.keep(model, draw_prompts([3, 5]))
+        first = compose.attend(model, states, batch)
+        compose.attend(model, states, other)
+        assert torch.equal(compose.attend(model, states, batch), first)
 
 
-@pytest.mark.parametrize("compose", [concatenate, shared_prefix])
-def test_only_prompts_receive_gradients_and_the_weights_stay(compose: Compose) -> None:
+@pytest.mark.parametrize("compose", [concatenate, shared_prefix, written_out])
+def test_only_prompts_receive_gradients_and_the_weights_stay(compose: Composition[Any]) -> None:
     base = tiny_backbone()
     batch = lay_out(draw_examples([(4, 1), (7, 2)]), [0, 1])
     prompts = [nn.Parameter(prompt) for prompt in draw_prompts([3, 5])]

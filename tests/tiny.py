@@ -64,7 +64,8 @@ _COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, 
 _GROUPED = _COMMON | {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
-    "mistral": _GROUPED,
+    "mistral": _GROUPED | {"sliding_window": None},
+    "granite": _GROUPED,  # a llama with factors
     "qwen2": _GROUPED,
     "qwen3": _GROUPED | {"head_dim": 8},
     "gemma": _GROUPED | {"head_dim": 8},

@@ -16,8 +16,8 @@ from torch import Tensor
 from softprompt.backbone import Backbone
 from softprompt.composition import Batch, Example, collate
 
-_ROWS = 64
-"""Rows of a pass: enough to fill two CPU cores; a GPU is not filled yet."""
+_ROWS, _TOKENS = 64, 8192
+"""Rows and tokens of a pass at the most: enough to fill two CPU cores, and little enough for long inputs."""
 
 Labels = Sequence[tuple[int, ...]]
 """The token ids of each label, C of them, none a prefix of another."""
@@ -92,6 +92,12 @@ class Classifier:
 
 
 def _by_length(inputs: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
-    for start in range(0, len(order), _ROWS):
-        yield order[start : start + _ROWS]
+    """The rows in passes of like length."""
+    rows: list[int] = []
+    for row in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
+        if rows and (len(rows) == _ROWS or (len(rows) + 1) * len(inputs[row]) > _TOKENS):
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from softprompt.composition import Example, collate, concatenate
-from softprompt.inference import Classifier, Labels, Scores
+from softprompt.inference import Classifier, Labels, Scores, _by_length
 from tests.tiny import tiny_backbone
 
 backbone = cache(tiny_backbone)
@@ -65,6 +65,13 @@ def test_rows_keep_their_order_and_do_not_depend_on_each_other() -> None:
 def test_scoring_twice_gives_the_same() -> None:
     classifier, inputs = Classifier(backbone(), draw_prompt(4), SINGLE), draw_inputs(20)
     assert np.array_equal(classifier.score(inputs).log_probabilities, classifier.score(inputs).log_probabilities)
+
+
+def test_passes_are_bounded_in_rows_and_in_tokens() -> None:
+    lengths = [5000, *[3] * 130, 9000, 4000, 4096, 4096]
+    passes = list(_by_length([range(length) for length in lengths]))
+    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
+    assert [len(rows) for rows in passes] == [64, 64, 2, 2, 1, 1, 1]
 
 
 def test_no_rows_have_no_scores() -> None:

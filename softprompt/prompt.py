@@ -129,7 +129,7 @@ class SoftPrompt:
         try:
             for name, largest in _LARGEST.items():
                 if (size := (folder / name).stat().st_size) > largest:
-                    raise UserError(f"{folder}: {name} has {size} bytes, and no soft prompt has more than {largest}")
+                    raise UserError(f"{folder}: {name} has {size} bytes, and {largest} are the most; fetch it again")
             manifest = json.loads((folder / "softprompt.json").read_text(encoding="utf-8"))
             json.dumps(manifest, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             found = file_sha256(tensors)

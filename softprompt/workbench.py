@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.backbone import Backbone
 from softprompt.composition import Example
-from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare
+from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare, render
 from softprompt.errors import UserError
 from softprompt.home import cache_home
 from softprompt.inference import Classifier, Scores
@@ -69,6 +69,13 @@ class Workbench:
             raise UserError(
                 f"search.length: up to {prompt} vectors, training.max_tokens={tokens} and a label of {label} tokens "
                 f"make {prompt + tokens + label} positions, and the model has {limit}; lower one of the two"
+            )
+        blank = render(self.experiment.template, dict.fromkeys(self.experiment.fields, ""))
+        told = len(self.backbone.tokenizer.encode(self.experiment.evaluation.instruction + blank, verbose=False))
+        if limit and told + label >= limit:
+            raise UserError(
+                f"evaluation.instruction: with the template and a label it takes {told + label} tokens, and the model "
+                f"has {limit} positions; shorten it"
             )
 
     def _encode(self, name: str, template: str, max_tokens: int) -> Split:

@@ -112,6 +112,13 @@ def test_prompt_input_and_label_fit_into_the_model(bench: Workbench, kind: str) 
         try_with(249 - label)
 
 
+def test_an_instruction_that_leaves_no_room_is_told_before_anything_is_trained(bench: Workbench) -> None:
+    evaluation = bench.experiment.evaluation.model_copy(update={"instruction": "a film " * 200})
+    long = bench.experiment.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(UserError, match=r"evaluation\.instruction: .* has 256 positions; shorten it"):
+        Workbench(long, bench.data, bench.backbone)
+
+
 def test_an_empty_prompt_scores_the_model_itself(bench: Workbench) -> None:
     inputs = bench.split("validation").inputs[:3]
     scores = bench.score(torch.zeros(0, 32), inputs)

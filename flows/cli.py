@@ -125,8 +125,9 @@ def predict(
         if bool(texts) == (file is not None):
             raise UserError('give either texts, as in: softprompt predict "a fine film", or --file ROWS.csv')
         _begin(state=False)
-        from flows.predict import choose_prompt, predict_file, predict_texts
+        from flows.predict import choose_prompt, predict_file, predict_texts, require_place
 
+        require_place(out)
         chosen = choose_prompt(prompt, model, version)
         if file is None:
             predict_texts(chosen, texts or [], out, device)
@@ -256,8 +257,10 @@ def _explain(error: Exception) -> str:
     """One sentence for what is no fault of the user's; the traceback goes into a file, where one can be written."""
     cause: BaseException | None = error
     while cause is not None:
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
-        if full or "database or disk is full" in str(cause) or "readonly database" in str(cause):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            moves = "SOFTPROMPT_HOME moves the state, SOFTPROMPT_CACHE the caches"
+            return f"the disk is full or read-only ({_first_line(cause)}); free it up, or write elsewhere: {moves}"
+        if "database or disk is full" in str(cause) or "readonly database" in str(cause):
             return f"the disk is full or read-only ({_first_line(cause)}); free {state_home()} or set SOFTPROMPT_HOME"
         cause = cause.__cause__ or cause.__context__
     return f"{type(error).__name__}: {_first_line(error)}{_keep_traceback(error)}"

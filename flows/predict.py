@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from softprompt.data import read_file
+from softprompt.data import as_text, read_file
 from softprompt.errors import UserError
 from softprompt.home import owns_tracking, tracking_file
+from softprompt.packages import writing_below
 from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt
 from softprompt.registry import champions, load_registered
@@ -36,6 +37,14 @@ def choose_prompt(folder: Path | None, model: str | None, version: str) -> SoftP
             raise UserError(f"--model: name the registered prompt to use, {found}")
         model = names[0]
     return load_registered(model, version)
+
+
+def require_place(out: Path | None) -> None:
+    """Before anything is labelled: whether the answers can have their file."""
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} is not there; make it first")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
 
 
 def predict_texts(prompt: SoftPrompt, texts: list[str], out: Path | None, device: str) -> None:
@@ -64,7 +73,7 @@ def _pick(row: dict[str, object], fields: list[str], where: str) -> Row:
     for name in fields:
         if row.get(name) is None:
             raise UserError(f"{where}: column {name!r} is missing, which the prompt reads; found {', '.join(row)}")
-    return {name: str(row[name]) for name in fields}
+    return {name: as_text(row[name], where, name) for name in fields}
 
 
 def _chain(first: Row, rest: Iterable[Row]) -> Iterator[Row]:
@@ -89,9 +98,10 @@ def _output(out: Path | None) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout
         return
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} is not there; make it first")
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with (
+        writing_below(out.parent, "name another file with --out"),
+        tempfile.TemporaryDirectory(dir=out.parent) as folder,
+    ):
         draft = Path(folder) / out.name
         with draft.open("w", encoding="utf-8", newline="") as stream:
             yield stream

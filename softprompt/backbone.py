@@ -7,7 +7,6 @@ decides at loading which composition the model allows.
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -73,17 +72,8 @@ class Backbone:
         folder = Path(folder)
         weights = hash_folder(folder)
         place = pick_device(device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, precision),
-                use_safetensors=True,
-                # On a CPU the fused attention's backward is the slow part of short sequences.
-                attn_implementation="eager" if place.type == "cpu" else "sdpa",
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: cannot be loaded as a causal language model: {_one_line(error)}") from error
+        # On a CPU the fused attention's backward is the slow part of short sequences.
+        model, tokenizer = _read_folder(folder, precision, attention="eager" if place.type == "cpu" else None)
         model.requires_grad_(False).eval().to(place)
         reference = reference or {"kind": "local", "path": str(folder.absolute())}
         return cls(model, tokenizer, weights, hash_tokenizer(tokenizer), reference)
@@ -113,8 +103,8 @@ class Backbone:
 
     @property
     def pad(self) -> int:
-        """A token id for padding; which one is indifferent, because nothing reads it."""
-        return self.tokenizer.pad_token_id or 0
+        """A token id for padding: one that every table has, because nothing reads it."""
+        return 0
 
     @cached_property
     def composition(self) -> Composition[Any]:
@@ -180,20 +170,54 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def hash_folder(folder: Path) -> str:
-    """SHA-256 of the safetensors weights in a folder, however they are cut into files.
+    """SHA-256 of the safetensors weights that are loaded from a folder, however they are cut into files.
 
-    Raises UserError where the folder holds none, or a damaged one.
+    Raises UserError where the folder holds none, a damaged one, or an adapter.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: holds no *.safetensors weights; give a folder that save_pretrained wrote")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: holds adapter_config.json, an adapter for another model; merge and save them")
     try:
+        files = _weight_files(folder)
         with ExitStack() as stack:
             shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
             where = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118
             return hash_tensors((name, where[name].get_tensor(name)) for name in sorted(where))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{folder}: its weights cannot be read: {_one_line(error)}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers loads: one file, else those of the index; other files of weights count for nothing."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{folder}: holds no {single.name}, nor its index; give a folder that save_pretrained wrote")
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
+
+
+def _read_folder(
+    folder: Path, precision: str, attention: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = _read_model(
+            folder, dtype=getattr(torch, precision), use_safetensors=True, attn_implementation=attention
+        )
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a config that is wrong makes transformers raise anything
+        raise UserError(f"{folder}: cannot be loaded as a causal language model: {_one_line(error)}") from error
+
+
+def _read_model(folder: Path, **how: Any) -> PreTrainedModel:
+    """The whole model; nothing of its own code is run, about which transformers would ask at a terminal."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **how)
+    model: PreTrainedModel = loaded[0]
+    if lacking := sorted(loaded[1]["missing_keys"]):  # transformers has filled them at random
+        raise ValueError(f"{len(lacking)} of its tensors are missing, as {lacking[0]}; give the whole model")
+    if getattr(model.config, "transformers_weights", None):  # not what was hashed
+        raise ValueError("transformers_weights in config.json names another file of weights; take it out")
+    return model
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -234,13 +258,11 @@ def convert_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
 
 
 def _read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    unpack = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        return model, AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError, KeyError, struct.error) as error:
+        model = _read_model(file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpack)
+        return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except Exception as error:  # a damaged file makes transformers raise anything
         raise UserError(f"{file}: cannot be read as the GGUF file of a language model: {_one_line(error)}") from error
 
 

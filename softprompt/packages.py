@@ -25,12 +25,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, cast
 
+from safetensors import SafetensorError
+
 from softprompt.errors import UserError
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
 
 
-def fetch(package: str, sha256: str, cache: Path) -> Path:
+def fetch(package: str, sha256: str, cache: Path, *, wheel: bool = False) -> Path:
     """The distribution file of a package, from the cache or else from the user's package index.
 
     The file lies at `cache/packages/<sha256>/<file name>`; its hash is verified at every call. pip takes index,
@@ -41,6 +43,7 @@ def fetch(package: str, sha256: str, cache: Path) -> Path:
         package: Name and exact version, as in `vaderSentiment==3.3.2`.
         sha256: Hash of the one file meant: a wheel or a source distribution.
         cache: Folder of the caches.
+        wheel: Take a wheel alone, of which pip runs nothing: whoever wrote the pin may be unknown.
 
     Raises:
         UserError: The hash is wrong, the index does not have the package, or the cache cannot be written.
@@ -50,7 +53,7 @@ def fetch(package: str, sha256: str, cache: Path) -> Path:
     for file in cached:
         if (found := file_sha256(file)) != sha256:
             raise UserError(f"{file}: expected sha256 {sha256}, found {found}; delete this file to fetch it again")
-    return cached[0] if cached else _download(package, sha256, folder)
+    return cached[0] if cached else _download(package, sha256, folder, wheel)
 
 
 def extract(archive: Path, member: str, target: Path) -> Path:
@@ -83,15 +86,13 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def writing_below(folder: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into a UserError that names the folder."""
+def writing_below(folder: Path, instead: str = "set SOFTPROMPT_CACHE to another folder") -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a UserError that names the folder, and what to do instead."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}); "
-            "free it up or set SOFTPROMPT_CACHE to another folder"
-        ) from None
+    except (OSError, SafetensorError) as error:  # which hides the OSError of a write
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be written ({reason}); free it up or {instead}") from None
 
 
 def move_in(made: Path, folder: Path, keep: Callable[[], bool]) -> None:
@@ -128,11 +129,11 @@ def _replaces(made: Path, folder: Path) -> bool:
     return True
 
 
-def _download(package: str, sha256: str, folder: Path) -> Path:
+def _download(package: str, sha256: str, folder: Path, wheel: bool) -> Path:
     with writing_below(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
-            file = _pip_download(package, sha256, Path(temporary), folder.parent)
+            file = _pip_download(package, sha256, Path(temporary), folder.parent, wheel)
             if (found := file_sha256(file)) != sha256:
                 raise UserError(f"{package}: expected sha256 {sha256}, got {found}; correct the pin")
             target = folder / file.name
@@ -141,16 +142,16 @@ def _download(package: str, sha256: str, folder: Path) -> Path:
     return target
 
 
-def _pip_download(package: str, sha256: str, folder: Path, store: Path) -> Path:
+def _pip_download(package: str, sha256: str, folder: Path, store: Path, wheel: bool) -> Path:
     """The one file that pip leaves in `folder`; `store` is named to the user as the place of the cache."""
     if find_spec("pip") is None:
         raise UserError(f"{package}: cannot be fetched, as {sys.executable} has no pip; run `python -m ensurepip`")
     requirements, files = folder / "requirements.txt", folder / "files"
     requirements.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="utf-8")
-    name = package.partition("==")[0]
+    choices = [["--only-binary=:all:"]] if wheel else [[], [f"--no-binary={package.partition('==')[0]}"]]
     got: list[str] = []
     said = ""
-    for choice in ([], [f"--no-binary={name}"]):
+    for choice in choices:
         said = _run_pip(
             ["download", "--no-deps", "--require-hashes", "-r", str(requirements), "-d", str(files), *choice]
         )

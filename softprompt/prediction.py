@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import Self
 
 from softprompt.backbone import Backbone
@@ -11,6 +10,7 @@ from softprompt.errors import UserError
 from softprompt.inference import Classifier
 from softprompt.loading import load_base
 from softprompt.prompt import SoftPrompt
+from softprompt.template import columns_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Predictor:
     @staticmethod
     def fields_of(prompt: SoftPrompt) -> list[str]:
         """The columns that a prompt's template names, in order."""
-        return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt.template) if name))
+        return columns_of(prompt.template)
 
     @classmethod
     def open(cls, prompt: SoftPrompt, *, device: str = "auto") -> Self:

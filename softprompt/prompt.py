@@ -18,12 +18,29 @@ from torch import Tensor
 
 from softprompt.backbone import Backbone
 from softprompt.errors import UserError
-from softprompt.packages import file_sha256, move_in
+from softprompt.packages import file_sha256, move_in, writing_below
+from softprompt.template import columns_of
 
 FORMAT = 1
 """Version of `softprompt.json`; another one is refused."""
 _TENSOR = "prompt_embeddings"
-_REQUIRED = ("vectors_sha256", "template", "words", "max_tokens", "weights_sha256", "tokenizer_sha256")
+_LARGEST = {"softprompt.json": 1 << 20, "adapter_model.safetensors": 1 << 30}
+"""Bytes of the files that are read; what is larger is no soft prompt."""
+_FIELDS: dict[str, type] = {
+    "length": int,
+    "hidden_size": int,
+    "vectors_sha256": str,
+    "template": str,
+    "words": dict,
+    "max_tokens": int,
+    "weights_sha256": str,
+    "tokenizer_sha256": str,
+    "base": dict,
+    "precision": str,
+    "provenance": dict,
+}
+"""What `softprompt.json` holds."""
+_PRECISIONS = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +72,7 @@ class SoftPrompt:
         return len(self.vectors)
 
     def require(self, backbone: Backbone) -> None:
-        """Raise UserError, with both hashes, unless this is the backbone that the prompt was trained on."""
+        """Raise UserError, with both hashes, unless this is the backbone it was trained on, and has room for it."""
         for what, expected, found in (
             ("weights", self.weights_sha256, backbone.weights_sha256),
             ("tokenizer", self.tokenizer_sha256, backbone.tokenizer_sha256),
@@ -65,41 +82,60 @@ class SoftPrompt:
                     f"the prompt belongs to another base model: its {what} have sha256 {expected}, "
                     f"those of the model given have {found}; load the model that it was trained on"
                 )
+        if self.vectors.shape[1] != backbone.hidden_size:
+            raise UserError(
+                f"the prompt's vectors have {self.vectors.shape[1]} dimensions, the model's embeddings have "
+                f"{backbone.hidden_size}; fetch the prompt again"
+            )
+        positions = getattr(backbone.model.config, "max_position_embeddings", None)
+        if positions and self.length + self.max_tokens > positions:
+            raise UserError(
+                f"the prompt's {self.length} vectors and max_tokens={self.max_tokens} exceed the model's {positions} "
+                "positions; fetch the prompt again"
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder at once or not at all; an older soft prompt there is replaced. Returns it.
 
-        Raises UserError where something else is there.
+        Raises UserError where something else is there, or nothing can be written.
         """
         folder = Path(folder)
         _check_place(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(mkdtemp(dir=folder.parent, prefix=".softprompt-"))
-        try:
-            tensors = draft / "adapter_model.safetensors"
-            save_file({_TENSOR: self.vectors.float().contiguous()}, tensors, metadata={"format": "pt"})
-            _write_json(draft / "adapter_config.json", self._peft_config())
-            _write_json(draft / "softprompt.json", self._manifest(tensors))
-            draft.chmod(0o755)
-            move_in(draft, folder, keep=lambda: False)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with writing_below(folder.parent, "give another folder"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(mkdtemp(dir=folder.parent, prefix=".softprompt-"))
+            try:
+                self._write(draft)
+                move_in(draft, folder, keep=lambda: False)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
         return folder
+
+    def _write(self, draft: Path) -> None:
+        tensors = draft / "adapter_model.safetensors"
+        save_file({_TENSOR: self.vectors.float().contiguous()}, tensors, metadata={"format": "pt"})
+        _write_json(draft / "adapter_config.json", self._peft_config())
+        _write_json(draft / "softprompt.json", self._manifest(tensors))
+        draft.chmod(0o755)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read a folder that `save` wrote.
+        """Read a folder that `save` wrote; whoever made it is not trusted.
 
         Raises UserError where it is none, damaged, or of another format; the base model is checked by `require`.
         """
         folder = Path(folder)
+        tensors = folder / "adapter_model.safetensors"
         try:
+            for name, largest in _LARGEST.items():
+                if (size := (folder / name).stat().st_size) > largest:
+                    raise UserError(f"{folder}: {name} has {size} bytes, and {largest} are the most; fetch it again")
             manifest = json.loads((folder / "softprompt.json").read_text(encoding="utf-8"))
-            tensors = folder / "adapter_model.safetensors"
+            json.dumps(manifest, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             found = file_sha256(tensors)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: is no soft prompt, {Path(error.filename).name} is missing in it") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(f"{folder}: softprompt.json cannot be read: {error}") from None
         _check_manifest(manifest, folder)
         if manifest["vectors_sha256"] != found:
@@ -107,8 +143,8 @@ class SoftPrompt:
                 f"{tensors}: is damaged, sha256 {manifest['vectors_sha256']} was written and {found} is found; "
                 "fetch the prompt again"
             )
-        known = {k: v for k, v in manifest.items() if k in cls.__dataclass_fields__}
-        return cls(vectors=_read_vectors(tensors), **known)
+        known = {name: manifest[name] for name in _FIELDS if name in cls.__dataclass_fields__}
+        return cls(vectors=_read_vectors(tensors, [manifest["length"], manifest["hidden_size"]]), **known)
 
     def _manifest(self, tensors: Path) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k != "vectors"}
@@ -149,18 +185,42 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
         raise UserError(f"{folder}: softprompt.json must hold an object, found {type(manifest).__name__}")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{folder}: is of format {manifest.get('format')}, this version reads format {FORMAT}")
-    for key in _REQUIRED:
+    for key, kind in _FIELDS.items():
         if key not in manifest:
             raise UserError(f"{folder}: softprompt.json lacks {key}; fetch the prompt again")
+        _require(type(manifest[key]) is kind, folder, key, f"be {kind.__name__}", manifest[key])
+    for key in ("length", "hidden_size", "max_tokens"):
+        _require(manifest[key] > 0, folder, key, "be positive", manifest[key])
+    words, precision = manifest["words"], manifest["precision"]
+    _require(words and all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
+    _require(precision in _PRECISIONS, folder, "precision", f"be one of {', '.join(_PRECISIONS)}", precision)
+    try:
+        columns_of(manifest["template"])
+    except ValueError as error:
+        raise UserError(f"{folder}: softprompt.json: {error}") from None
 
 
-def _read_vectors(file: Path) -> Tensor:
+def _require(holds: bool, folder: Path, key: str, must: str, found: Any) -> None:
+    if not holds:
+        raise UserError(
+            f"{folder}: softprompt.json: {key} must {must}, found {repr(found)[:60]}; fetch the prompt again"
+        )
+
+
+def _read_vectors(file: Path, shape: list[int]) -> Tensor:
+    """The tensor, of which type and shape are verified before it is read, and the numbers then."""
     try:
         with safe_open(file, framework="pt") as tensors:
+            stored = tensors.get_slice(_TENSOR)
+            found = stored.get_dtype(), stored.get_shape()
+            if found != ("F32", shape):
+                raise UserError(f"{file}: {_TENSOR} must be F32 of shape {shape}, found {found[0]} of {found[1]}")
             vectors: Tensor = tensors.get_tensor(_TENSOR)
-            return vectors
     except SafetensorError as error:
         raise UserError(f"{file}: is no safetensors file with a tensor {_TENSOR}: {error}") from None
+    if not vectors.isfinite().all():
+        raise UserError(f"{file}: {_TENSOR} holds numbers that are not finite; fetch the prompt again")
+    return vectors
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Everything that the trials of one experiment share in one process: the backbone, and the examples as tokens.
 
-Prompt, input and label that the model has too few positions for are refused here, before anything is trained.
+What cannot be trained on is refused here, before anything is: inputs that make no tokens or leave no room for their
+fields, and prompt, input and label that the model has too few positions for.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from softprompt.backbone import Backbone
 from softprompt.composition import Example
-from softprompt.data import PreparedData, encode_inputs, encode_labels, prepare
+from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare, render
 from softprompt.errors import UserError
 from softprompt.home import cache_home
 from softprompt.inference import Classifier, Scores
@@ -50,6 +51,8 @@ class Workbench:
         self.labels = encode_labels(experiment.labels.words, self.backbone.tokenizer)
         self._splits: dict[tuple[str, str, int], Split] = {}
         self._check_positions()
+        for name in SPLITS:  # a mistake in template or rows is told before there is a study or a run
+            self.split(name)
 
     def split(self, name: str, *, template: str | None = None, max_tokens: int | None = None) -> Split:
         """The rows of `train`, `validation` or `test`, by the experiment's template and limit or by others."""
@@ -66,6 +69,13 @@ class Workbench:
             raise UserError(
                 f"search.length: up to {prompt} vectors, training.max_tokens={tokens} and a label of {label} tokens "
                 f"make {prompt + tokens + label} positions, and the model has {limit}; lower one of the two"
+            )
+        blank = render(self.experiment.template, dict.fromkeys(self.experiment.fields, ""))
+        told = len(self.backbone.tokenizer.encode(self.experiment.evaluation.instruction + blank, verbose=False))
+        if limit and told + label >= limit:
+            raise UserError(
+                f"evaluation.instruction: with the template and a label it takes {told + label} tokens, and the model "
+                f"has {limit} positions; shorten it"
             )
 
     def _encode(self, name: str, template: str, max_tokens: int) -> Split:

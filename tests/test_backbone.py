@@ -1,6 +1,9 @@
 """The frozen model: what identifies it, which composition it allows, and what is refused."""
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +153,84 @@ def test_a_device_that_does_not_exist_is_refused() -> None:
 
 def test_a_folder_without_safetensors_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"holds no \*.safetensors weights"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         Backbone.load(folder)
+
+
+def test_weights_that_are_not_loaded_are_not_hashed(folder: Path) -> None:
+    before = hash_folder(folder)
+    save_file({"model.norm.weight": torch.zeros(32)}, folder / "a-backup.safetensors")
+    assert hash_folder(folder) == before
+
+
+def test_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds adapter_config\.json, an adapter for another model"):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 7}', '{"weight_map": {"a": "absent.safetensors"}}'])
+def test_a_damaged_index_is_refused(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="its weights cannot be read"):
+        Backbone.load(folder)
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 of its tensors are missing, as lm_head\.weight; give the whole model"):
+        Backbone.load(folder, device="cpu")
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+        Backbone.load(folder, device="cpu")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "wide"}, {"hidden_size": 16}, {"hidden_act": "none"}, {"num_attention_heads": 0}]
+)
+def test_a_config_that_is_wrong_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+        Backbone.load(folder, device="cpu")
+
+
+def test_a_config_cannot_name_other_weights(folder: Path) -> None:
+    save_file(load_file(folder / "model.safetensors"), folder / "other.safetensors", metadata={"format": "pt"})
+    edit_config(folder, transformers_weights="other.safetensors")
+    with pytest.raises(UserError, match=r"transformers_weights in config\.json names another file"):
+        Backbone.load(folder, device="cpu")
+
+
+def test_code_of_a_model_is_not_even_asked_about(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own.py").write_text("raise SystemExit('the code of the model was run')")
+    edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(UserError, match="contains custom code which must be executed"):
+        Backbone.load(folder, device="cpu")
+    assert sys.stdin.read() == "y\n"
+
+
+def test_a_model_without_fused_attention_is_loaded_off_the_cpu(folder: Path) -> None:
+    tiny_model("gemma2").save_pretrained(folder)
+    assert Backbone.load(folder, device="meta").model.config._attn_implementation == "eager"
+
+
+def test_padding_is_a_token_that_every_table_has() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<beyond the table>"})
+    base = Backbone.wrap(tiny_model(), tokenizer)
+    assert base.tokenizer.pad_token_id >= len(base.embeddings) > base.pad
 
 
 def test_a_damaged_file_is_refused(folder: Path) -> None:
@@ -172,8 +251,8 @@ _GGUF |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}
 _GGUF |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
 
 
-def write_gguf(path: Path, *, seed: int = 0) -> None:
-    """The tiny Llama as a GGUF file in float32, as llama.cpp writes it."""
+def write_gguf(path: Path, *, seed: int = 0, without: str = "") -> None:
+    """The tiny Llama as a GGUF file in float32, as llama.cpp writes it, without one tensor if need be."""
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(32)
@@ -186,7 +265,8 @@ def write_gguf(path: Path, *, seed: int = 0) -> None:
     writer.add_rope_freq_base(10000.0)
     add_tokenizer(writer)
     for name, tensor in tiny_model(seed=seed).state_dict().items():
-        add_tensor(writer, name.removeprefix("model.").removesuffix(".weight"), tensor)
+        if name != without:
+            add_tensor(writer, name.removeprefix("model.").removesuffix(".weight"), tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -272,3 +352,28 @@ def test_what_is_no_whole_gguf_file_is_refused(tmp_path: Path, size: int) -> Non
     with pytest.raises(UserError, match=r"tiny\.gguf: cannot be read as the GGUF file of a language model"):
         convert_gguf(file, sha256=file_sha256(file), cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_gguf_file_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", without="model.norm.weight")
+    with pytest.raises(UserError, match=r"tiny\.gguf: .* are missing"):
+        convert_gguf(tmp_path / "tiny.gguf", sha256="0" * 64, cache=tmp_path / "cache")
+
+
+def test_a_disk_that_is_full_is_told_with_its_folder(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    script = f"""
+import resource
+from pathlib import Path
+from softprompt.backbone import convert_gguf
+from softprompt.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    convert_gguf(Path({str(tmp_path / "tiny.gguf")!r}), sha256="0" * 64, cache=Path({str(tmp_path / "cache")!r}))
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert f"{tmp_path / 'cache' / 'weights'}: cannot be written" in done.stdout, done.stderr
+    assert "SOFTPROMPT_CACHE" in done.stdout
+    assert not list((tmp_path / "cache" / "weights").iterdir())

@@ -1,8 +1,12 @@
 """The command as a person meets it: real processes, exit codes, and what they say."""
 
+import errno
 import os
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows.cli import app
-from tests.tiny import tiny_experiment
+from flows.cli import _explain, app
+from softprompt.backbone import hash_folder
+from softprompt.home import state_home
+from tests.test_prompt import make_prompt
+from tests.tiny import tiny_experiment, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = ROOT / "experiments" / "movie-sentiment.yaml"
@@ -73,6 +80,24 @@ def test_a_mistake_ends_with_one_sentence_and_nothing_written(tmp_path: Path, ov
 
 
 @pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("template='{txt}'", "no column 'txt'"),
+        ("template='Is this a good film or a bad one? {text}'", "the template alone takes"),
+    ],
+)
+def test_a_mistake_that_a_flow_finds_leaves_no_study_and_no_run(tmp_path: Path, override: str, part: str):
+    home = tmp_path / "home"
+    limit = ("--set", "training.max_tokens=8")
+    assert part in sentence(run("sweep", write_experiment(tmp_path), *limit, "--set", override, SOFTPROMPT_HOME=home))
+    assert not (home / "artifacts").exists()
+    for name, table in (("optuna.db", "studies"), ("mlflow.db", "runs")):
+        if (home / name).exists():
+            with closing(sqlite3.connect(home / name)) as database:
+                assert database.execute(f"select * from {table}").fetchall() == []
+
+
+@pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
         ("latin.csv", "text,label\ncafé,positive\n".encode("latin-1"), ["latin.csv", "UTF-8", "2"]),
@@ -111,17 +136,47 @@ def test_a_state_folder_that_cannot_be_written(tmp_path: Path):
     assert "SOFTPROMPT_HOME" in said
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
-def test_a_full_disk(tmp_path: Path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", small], capture_output=True).returncode:
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system of its own, where mounting is allowed."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        said = sentence(call("sweep", write_experiment(tmp_path), SOFTPROMPT_HOME=small / "home"))
+        yield folder
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(tmp_path: Path):
+    with mounted(tmp_path / "small", "size=16k") as small:
+        said = sentence(call("sweep", write_experiment(tmp_path), SOFTPROMPT_HOME=small / "home"))
     assert "No space left" in said
+
+
+@pytest.mark.parametrize("variable", ["SOFTPROMPT_HOME", "SOFTPROMPT_CACHE"])
+def test_a_read_only_disk(tmp_path: Path, variable: str):
+    with mounted(tmp_path / "fixed", "ro,size=16k") as fixed:
+        said = sentence(call("sweep", write_experiment(tmp_path), **{variable: fixed / "own"}))
+    assert f"{fixed / 'own'}: cannot be written (Read-only file system)" in said
+    assert variable in said
+
+
+def test_answers_that_find_no_room_are_told_with_their_folder(tmp_path: Path):
+    prompt = save_prompt(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' * 400)
+    with mounted(tmp_path / "small", "size=4k") as small:
+        said = sentence(run("predict", "--prompt", prompt, "--file", tmp_path / "rows.jsonl", "--out", small / "a.csv"))
+        assert not list(small.iterdir())
+    assert f"{small}: cannot be written (No space left on device)" in said
+
+
+def test_an_error_of_the_disk_names_what_could_not_be_written(tmp_path: Path):
+    file = tmp_path / "elsewhere" / "file"
+    said = _explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)))
+    assert str(file) in said
+    assert str(state_home()) not in said
+    assert str(state_home()) in _explain(RuntimeError("database or disk is full"))
 
 
 def test_dry_run_tells_the_plan_and_trains_nothing(tmp_path: Path):
@@ -183,6 +238,35 @@ def test_sweep_then_predict(tmp_path: Path):
     assert not (tmp_path / "none.csv").exists()
 
     assert "no such registered prompt" in sentence(run("predict", "x", "--version", "9", **home))
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ('{"text": ["a", "list"]}', ["rows.jsonl:1", "column 'text' must hold text or a number, found list"]),
+        ('{"text": "half \\ud800"}', ["rows.jsonl:1", "half of a surrogate pair"]),
+        ('{"text": null}', ["rows.jsonl:1", "column 'text' is missing"]),
+    ],
+)
+def test_a_row_that_cannot_be_labelled_is_named(tmp_path: Path, row: str, parts: list[str]):
+    (tmp_path / "rows.jsonl").write_text(row + "\n")
+    said = sentence(call("predict", "--prompt", save_prompt(tmp_path), "--file", tmp_path / "rows.jsonl"))
+    assert all(part in said for part in parts), said
+
+
+def test_answers_are_not_written_over_a_folder(tmp_path: Path):
+    (tmp_path / "answers").mkdir()
+    said = sentence(call("predict", "good", "--prompt", save_prompt(tmp_path), "--out", tmp_path / "answers"))
+    assert "answers: is a folder; name a file" in said
+
+
+def save_prompt(folder: Path) -> Path:
+    """A prompt whose base model lies beside it."""
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    base = {"kind": "local", "path": str(folder / "model")}
+    weights = hash_folder(folder / "model")
+    return make_prompt(base=base, weights_sha256=weights).save(folder / "prompt")
 
 
 def test_predict_without_anything_registered(tmp_path: Path):

@@ -58,6 +58,15 @@ def test_tfidf_finds_the_words_that_tell(bench):
     assert measure_baselines(bench)[TFIDF].accuracy > 0.9
 
 
+def test_tfidf_takes_signs_where_no_row_has_a_word(tmp_path):
+    faces = ("☹", "negative"), ("☺", "positive")
+    rows = "".join(f"{face} {n // 10} {n % 10},{label}\n" for n in range(60) for face, label in faces)
+    experiment = tiny_experiment(tmp_path, splits={"validation": 20, "test": 30}, template="{text}")
+    (tmp_path / "rows.csv").write_text("text,label\n" + rows)
+    signs = Workbench(experiment, prepare(experiment, tmp_path / "cache"), tiny_backbone())
+    assert measure_baselines(signs)[TFIDF].accuracy > 0.9
+
+
 def test_no_prompt_is_a_prompt_of_no_vectors(bench):
     split = bench.split("test")
     nothing = torch.zeros(0, bench.backbone.hidden_size)

@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 
-ENGINE = ["backbone", "composition", "errors", "inference", "initialization", "packages", "prompt", "training"]
+ENGINE = ["backbone", "composition", "errors", "inference", "initialization", "packages", "prompt", "template"]
+ENGINE += ["training"]
 ABOVE = {
     "optuna",
     "mlflow",

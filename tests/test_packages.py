@@ -41,11 +41,11 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def build_sdist(folder: Path) -> Path:
+def build_sdist(folder: Path, backend: str = BACKEND) -> Path:
     files = {
         "carrier-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n",
         "carrier-1.0/pyproject.toml": PYPROJECT.encode(),
-        "carrier-1.0/backend.py": BACKEND.encode(),
+        "carrier-1.0/backend.py": backend.encode(),
         "carrier-1.0/rows.csv": ROWS,
         "carrier-1.0/inner.tar.gz": tar_bytes({"deep/rows.csv": ROWS}),
     }
@@ -62,17 +62,6 @@ def build_wheel(folder: Path) -> Path:
         archive.writestr("carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("carrier-1.0.dist-info/RECORD", "")
     return path
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the package index, by pip's own configuration."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    return folder
 
 
 def test_each_file_of_a_package_is_found_by_its_hash(index: Path, tmp_path: Path) -> None:
@@ -95,6 +84,19 @@ def test_the_cache_serves_without_an_index_and_is_verified_each_time(index: Path
     file.write_bytes(b"something else")
     with pytest.raises(UserError, match=f"{file.name}: expected sha256 {sha256}, found .* delete this file"):
         fetch("carrier==1.0", sha256, tmp_path)
+
+
+def test_where_a_wheel_is_asked_for_no_source_distribution_is_looked_into(index: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    evil = f"open({str(ran)!r}, 'w').close()\n" + BACKEND
+    sha256 = file_sha256(build_sdist(index, evil))
+    with pytest.raises(UserError, match=r"carrier==1\.0: could not be fetched"):
+        fetch("carrier==1.0", sha256, tmp_path / "cache", wheel=True)
+    assert not ran.exists()
+    fetch("carrier==1.0", sha256, tmp_path / "cache")
+    assert ran.exists()  # what pip runs where a source distribution is allowed
+    wheel = build_wheel(index)
+    assert fetch("carrier==1.0", file_sha256(wheel), tmp_path / "cache", wheel=True).name == wheel.name
 
 
 def test_a_wrong_hash_is_told_with_both(index: Path, tmp_path: Path) -> None:

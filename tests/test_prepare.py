@@ -173,6 +173,18 @@ def test_a_mistake_is_told_with_its_place(
     assert not list((tmp_path / "cache").rglob("*"))
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_named_split_that_is_empty_is_told(tmp_path: Path, split: str) -> None:
+    named = {s: write(tmp_path / f"{s}.jsonl", rows(20, s)) for s in SPLITS}
+    (tmp_path / f"{split}.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{split}\.jsonl: the file is empty"):
+        prepare(experiment(named), tmp_path / "cache")
+    write(tmp_path / f"{split}.jsonl", [(" ", "good")] * 3)
+    told = rf"splits\.{split}: no usable row is left for the {split} split; left out: 3 empty input"
+    with pytest.raises(UserError, match=told):
+        prepare(experiment(named), tmp_path / "cache")
+
+
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.csv: cannot be read"):
         prepare(experiment({"path": str(tmp_path / "absent.csv")}), tmp_path)

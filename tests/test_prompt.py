@@ -1,6 +1,8 @@
 """The artifact: what is written is what is read, PEFT opens it, and nothing damaged or foreign passes."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,117 @@ def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
         SoftPrompt.load(tmp_path / "prompt")
 
 
+def test_any_changed_byte_of_the_vectors_is_refused(tmp_path: Path) -> None:
+    file = make_prompt(vectors=torch.ones(1, 2)).save(tmp_path / "prompt") / "adapter_model.safetensors"
+    content = file.read_bytes()
+    for n in range(len(content)):
+        file.write_bytes(content[:n] + bytes([content[n] ^ 0x55]) + content[n + 1 :])
+        with pytest.raises(UserError, match="is damaged"):
+            SoftPrompt.load(tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("flip", [1, 0x20, 0x55])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "softprompt.json"])
+def test_whatever_byte_is_changed_what_is_read_is_sound(tmp_path: Path, name: str, flip: int) -> None:
+    """As the one who changes it may also write the new hash."""
+    folder = make_prompt(vectors=torch.ones(1, 2)).save(tmp_path / "prompt")
+    content, manifest = (folder / name).read_bytes(), (folder / "softprompt.json").read_text()
+    for n in range(0, len(content), 1 if name.startswith("adapter") else 5):
+        (folder / name).write_bytes(content[:n] + bytes([content[n] ^ flip]) + content[n + 1 :])
+        if name.startswith("adapter"):
+            (folder / "softprompt.json").write_text(manifest)
+            rewrite(folder, vectors_sha256=file_sha256(folder / name))
+        try:
+            read = SoftPrompt.load(folder)
+        except UserError:
+            continue
+        assert read.vectors.shape == (1, 2)
+        assert read.vectors.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "told"),
+    [
+        (torch.full((5, 32), float("nan")), "holds numbers that are not finite"),
+        (torch.full((5, 32), float("inf")), "holds numbers that are not finite"),
+        (torch.ones(5, 32, 1), r"must be F32 of shape \[5, 32\], found F32 of \[5, 32, 1\]"),
+        (torch.ones(160), r"must be F32 of shape \[5, 32\], found F32 of \[160\]"),
+        (torch.ones(4000, 32), r"must be F32 of shape \[5, 32\], found F32 of \[4000, 32\]"),
+        (torch.ones(5, 32, dtype=torch.float64), r"must be F32 of shape \[5, 32\], found F64"),
+    ],
+)
+def test_vectors_that_are_none_are_refused(tmp_path: Path, vectors: torch.Tensor, told: str) -> None:
+    folder = make_prompt().save(tmp_path / "prompt")
+    save_file({"prompt_embeddings": vectors}, folder / "adapter_model.safetensors")
+    rewrite(folder, vectors_sha256=file_sha256(folder / "adapter_model.safetensors"))
+    with pytest.raises(UserError, match=told):
+        SoftPrompt.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"max_tokens": "48"}, "max_tokens must be int, found '48'"),
+        ({"max_tokens": True}, "max_tokens must be int, found True"),
+        ({"max_tokens": 0}, "max_tokens must be positive, found 0"),
+        ({"length": 0}, "length must be positive, found 0"),
+        ({"words": []}, r"words must be dict, found \[\]"),
+        ({"words": {}}, "words must map labels to text"),
+        ({"words": {"negative": 7}}, "words must map labels to text"),
+        ({"precision": "int4"}, "precision must be one of bfloat16, float32, found 'int4'"),
+        ({"base": "somewhere"}, "base must be dict"),
+        ({"template": 7}, "template must be str"),
+        ({"template": "{text:>999999999}"}, r"template: a placeholder must be a plain column name, got \{text:>9999"),
+        ({"template": "{text.__class__}"}, "template: a placeholder must be a plain column name"),
+        ({"template": "{text"}, "template: .*write {{ and }} for braces"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    folder = make_prompt().save(tmp_path / "prompt")
+    rewrite(folder, **changes)
+    with pytest.raises(UserError, match=rf"softprompt\.json: {told}"):
+        SoftPrompt.load(folder)
+
+
+def test_a_field_that_nobody_knows_is_not_taken_in(tmp_path: Path) -> None:
+    folder = make_prompt().save(tmp_path / "prompt")
+    rewrite(folder, vectors=[[0.0]], seed=3)
+    assert torch.equal(SoftPrompt.load(folder).vectors, make_prompt().vectors)
+
+
+@pytest.mark.parametrize(("name", "size"), [("softprompt.json", 1 << 21), ("adapter_model.safetensors", 1 << 31)])
+def test_a_huge_file_is_not_read(tmp_path: Path, name: str, size: int) -> None:
+    folder = make_prompt().save(tmp_path / "prompt")
+    with (folder / name).open("r+b") as file:
+        file.truncate(size)
+    with pytest.raises(UserError, match=f"{name} has {size} bytes, and [0-9]+ are the most; fetch it again"):
+        SoftPrompt.load(folder)
+
+
+def test_vectors_that_the_model_cannot_take_are_refused() -> None:
+    with pytest.raises(UserError, match="vectors have 16 dimensions, the model's embeddings have 32"):
+        make_prompt(vectors=torch.ones(5, 16)).require(tiny_backbone())
+    make_prompt(max_tokens=251).require(tiny_backbone())
+    with pytest.raises(UserError, match="5 vectors and max_tokens=252 exceed the model's 256 positions"):
+        make_prompt(max_tokens=252).require(tiny_backbone())
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    script = f"""
+import resource
+from softprompt.errors import UserError
+from tests.test_prompt import make_prompt
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+try:
+    make_prompt().save({str(tmp_path / "prompt")!r})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert f"{tmp_path}: cannot be written" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "softprompt.json"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (make_prompt().save(tmp_path / "prompt") / name).unlink()
@@ -150,7 +263,7 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         SoftPrompt.load(tmp_path / "prompt")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "7"])
+@pytest.mark.parametrize("text", ["{", "[]", "7", "[" * 100_000, '{"template": "\\ud800"}'])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (make_prompt().save(tmp_path / "prompt") / "softprompt.json").write_text(text)
     with pytest.raises(UserError, match=r"softprompt\.json"):

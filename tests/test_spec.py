@@ -60,7 +60,11 @@ def test_the_default_experiment_is_valid():
         ("data={kind: file, path: a, test: b}", "data: path is carved into splits; name the training file train"),
         ("template=no column", "template: must name at least one column, as in '{text}'"),
         ("template='{text'", "template: expected '}' before end of string; write {{ and }} for braces"),
-        ("template='{a b}'", "template: a placeholder must be a plain column name, got ['a b']"),
+        ("template='{a b}'", "template: a placeholder must be a plain column name, got {a b}"),
+        ("template='{text:d}'", "template: a placeholder must be a plain column name, got {text:d}"),
+        ("template='{text!r}'", "template: a placeholder must be a plain column name, got {text!r}"),
+        ("template='{text!x}'", "template: a placeholder must be a plain column name, got {text!x}"),
+        ("template='{text:{other}}'", "template: a placeholder must be a plain column name, got {text:{other}}"),
         ("labels.bins.0.word=' '", "labels: every label needs a word of its own that is not blank, got [' ', ' pos"),
         ("labels.bins.0.word=' positive'", "labels: every label needs a word of its own that is not blank"),
         ("labels.bins.1.label=negative", "labels: every label has one bin, got ['negative', 'negative']"),
@@ -94,6 +98,12 @@ def test_a_mistake_is_named_by_its_dotted_key(override: str, message: str):
     assert refusal(override).startswith(f"{DEFAULT}: {message}")
 
 
+def test_a_file_with_a_date_that_is_none_is_refused(tmp_path: Path):
+    (tmp_path / "dated.yaml").write_text("name: 2024-02-30\n")
+    with pytest.raises(UserError, match=r"dated\.yaml: not valid YAML: day is out of range for month"):
+        load_experiment(tmp_path / "dated.yaml")
+
+
 @pytest.mark.parametrize("key", [k for k, f in ExperimentSpec.model_fields.items() if f.is_required()])
 def test_a_missing_key_is_named(tree, key: str):
     del tree[key]
@@ -106,6 +116,7 @@ def test_a_missing_key_is_named(tree, key: str):
     [
         ("seed", "expected dotted.key=value"),
         ("=3", "expected dotted.key=value"),
+        ("name=2024-02-30", "the value is not valid YAML: day is out of range for month"),
         ("seed=[", "the value is not valid YAML: line 1: "),
         ("budget={trials: 1, trials: 2}", "the value is not valid YAML: line 1: the key 'trials' stands twice"),
         ("seed.x=1", "seed holds a single value, so it has no key x"),

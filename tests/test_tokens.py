@@ -101,5 +101,13 @@ def test_a_template_without_room_is_refused() -> None:
         encode_inputs([row], template=TEMPLATE, fields=["text"], tokenizer=tiny_tokenizer(), max_tokens=6)
 
 
+def test_an_input_without_tokens_is_refused_with_its_row() -> None:
+    rows = [{"text": "a film"}, {"text": ""}]
+    with pytest.raises(UserError, match=r"row 2: makes no tokens with the template '\{text\}'"):
+        encode_inputs(rows, template="{text}", fields=["text"], tokenizer=tiny_tokenizer(), max_tokens=8)
+    begun = encode_inputs(rows, template="{text}", fields=["text"], tokenizer=tiny_tokenizer(begin=True), max_tokens=8)
+    assert begun.inputs[1] == (1,)
+
+
 def test_no_rows_are_no_inputs() -> None:
     assert encode_inputs([], template=TEMPLATE, fields=["text"], tokenizer=tiny_tokenizer(), max_tokens=8).inputs == []

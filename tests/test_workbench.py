@@ -44,6 +44,13 @@ def test_long_inputs_are_cut_and_counted(tmp_path: Path) -> None:
     assert 0 < split.cut <= 140
 
 
+def test_a_template_without_room_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    experiment = tiny_experiment(tmp_path, template="Is this review of a film good or bad? {text}")
+    short = experiment.model_copy(update={"training": experiment.training.model_copy(update={"max_tokens": 8})})
+    with pytest.raises(UserError, match=r"training\.max_tokens: the template alone takes \d+ tokens"):
+        Workbench(short, prepare(short, tmp_path / "cache"), tiny_backbone())
+
+
 def test_examples_end_with_the_tokens_of_their_label(bench: Workbench) -> None:
     split, words = bench.split("train"), list(bench.labels.values())
     assert len(bench.examples) == 140
@@ -103,6 +110,13 @@ def test_prompt_input_and_label_fit_into_the_model(bench: Workbench, kind: str) 
     told = rf"search\.length: up to 8 vectors, training\.max_tokens={249 - label} .* 257 positions, .* has 256; lower"
     with pytest.raises(UserError, match=told):
         try_with(249 - label)
+
+
+def test_an_instruction_that_leaves_no_room_is_told_before_anything_is_trained(bench: Workbench) -> None:
+    evaluation = bench.experiment.evaluation.model_copy(update={"instruction": "a film " * 200})
+    long = bench.experiment.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(UserError, match=r"evaluation\.instruction: .* has 256 positions; shorten it"):
+        Workbench(long, bench.data, bench.backbone)
 
 
 def test_an_empty_prompt_scores_the_model_itself(bench: Workbench) -> None:

@@ -69,6 +69,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": _GROUPED,
     "qwen3": _GROUPED | {"head_dim": 8},
     "gemma": _GROUPED | {"head_dim": 8},
+    "gemma2": _GROUPED | {"head_dim": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2},
     "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"ffn_dim": 64, "max_position_embeddings": 256, "init_std": 0.2},

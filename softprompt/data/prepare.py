@@ -170,8 +170,8 @@ def _read_examples(placed: Iterable[Placed], experiment: ExperimentSpec, left_ou
         for name in needed:
             if name not in row:
                 raise UserError(_missing(where, name, list(row), experiment))
-        inputs = tuple(_text(row[name], where, name) for name in fields)
-        label = _label(_text(row[labels.field], where, labels.field), where, experiment)
+        inputs = tuple(as_text(row[name], where, name) for name in fields)
+        label = _label(as_text(row[labels.field], where, labels.field), where, experiment)
         if not any(value.strip() for value in inputs):
             left_out["empty input"] += 1
         elif label is None:
@@ -188,7 +188,8 @@ def _missing(where: str, name: str, found: list[str], experiment: ExperimentSpec
     return f"{where}: no column {name!r}, which {key} names; found {', '.join(map(repr, found))}; {hint}"
 
 
-def _text(value: object, where: str, name: str) -> str:
+def as_text(value: object, where: str, name: str) -> str:
+    """A value as text, none as empty; UserError, with place and column, where it is neither text nor number."""
     if value is None:
         return ""
     if isinstance(value, str | int | float | Decimal | date):

@@ -85,7 +85,7 @@ def encode_inputs(
         max_tokens: Longest input (T), special tokens included.
 
     Raises:
-        UserError: The template leaves no room for the fields.
+        UserError: The template leaves no room for the fields, or a row makes no tokens.
     """
     whole = [{name: row[name] for name in fields} for row in rows]
     inputs = _encode([render(template, row) for row in whole], tokenizer)
@@ -99,6 +99,9 @@ def encode_inputs(
         encoded = _encode([render(template, row) for row in shorter], tokenizer)
         inputs.update(zip(long, encoded.values(), strict=True))
         long = {n: row for n, row in zip(long, shorter, strict=True) if len(inputs[n]) > max_tokens}
+    for n in range(len(whole)):
+        if not inputs[n]:
+            raise UserError(f"row {n + 1}: makes no tokens with the template {template!r}; leave it out")
     return Encoded([inputs[n] for n in range(len(whole))], cut)
 
 

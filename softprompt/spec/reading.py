@@ -9,6 +9,9 @@ from pydantic import ValidationError
 from softprompt.errors import UserError
 from softprompt.spec.experiment import ExperimentSpec
 
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What reading raises: ValueError for bytes that are no UTF-8, or a date that is none, as 2024-02-30."""
+
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> ExperimentSpec:
     """Read and validate one experiment; `overrides` are `dotted.key=value`, the value written as YAML.
@@ -24,7 +27,7 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise UserError(f"{path}: is a folder; give the path of an experiment YAML") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of an experiment YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         raise UserError(f"{path}: not valid YAML: {_locate(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: an experiment is a mapping of keys, found {type(tree).__name__}")
@@ -66,7 +69,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected dotted.key=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {_locate(error)}") from None
     *parents, last = key.split(".")
     node: Any = tree

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.composition import Composition, Example, collate, concatenate, shared_prefix
+from softprompt.composition import Composition, Example, Tree, collate, collate_tree, concatenate, shared_prefix
 from softprompt.decoder import fits, written_out
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
@@ -116,6 +116,28 @@ class Backbone:
             if self.deviation(composition) <= _TOLERANCE[self.model.dtype]:
                 return composition
         return concatenate
+
+    @cached_property
+    def branches(self) -> bool:
+        """Whether continuations on branches of one row have the logits that each has on a row of its own."""
+        device, (a, b, c) = self.device, (len(self.embeddings) // n for n in (3, 4, 5))
+        prompt = self.embeddings[[c, a]].float()
+        ancestors = torch.tensor([[True, False, False], [False, True, False], [True, False, True]], device=device)
+        tree = Tree(torch.tensor([a, b, c], device=device), torch.tensor([0, 0, 1], device=device), ancestors)
+        inputs = [(b, c), (a, b, c, a)]
+        with torch.inference_mode():
+            states = self.composition.keep(self.model, [prompt])
+            lines = [Example(row, (*line, 0)) for row in inputs for line in ((a, c), (b,))]
+            alone = self.composition.attend(self.model, states, collate(lines, [0] * 4, pad=self.pad, device=device))
+            try:
+                found = self.composition.attend(self.model, states, collate_tree(inputs, tree, pad=self.pad))
+            except (AttributeError, TypeError, ValueError, RuntimeError):
+                return False
+        # Of each input: its end, a, a c; its end, b. And in the tree: its end, a, b, a c.
+        alone, found = alone.view(2, 5, -1)[:, [0, 1, 4, 2]].float(), found.view(2, 4, -1).float()
+        return bool(
+            (found - alone).norm() <= _TOLERANCE[self.model.dtype] * (alone - alone.mean(1, keepdim=True)).norm()
+        )
 
     def deviation(self, composition: Composition[Any]) -> float:
         """How far a composition is from the formula on a few random rows, relative to what the prompts change.

@@ -48,6 +48,44 @@ class Batch:
     """`[M]` column of each predicting place in `tokens`."""
     targets: Tensor
     """`[M]` token id that is to be predicted there."""
+    tree: "Tree | None" = None
+    """Branching continuations of the inputs, in the last S columns of `tokens`."""
+
+    @property
+    def places(self) -> Tensor:
+        """`[1 or N, T]` position of each column, counted from the row's first token."""
+        width = self.tokens.shape[1]
+        if self.tree is None:
+            return torch.arange(width, device=self.tokens.device)[None]
+        inputs = torch.arange(width - len(self.tree.depths), device=self.tokens.device).expand(len(self.tokens), -1)
+        return torch.cat([inputs, self.lengths[:, None] + self.tree.depths], dim=1)
+
+    @property
+    def attends(self) -> Tensor:
+        """`[1 or N, T, T]` whether a column attends to another: to itself, and to what stands before it."""
+        width = self.tokens.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.tokens.device).tril()
+        if self.tree is None:
+            return causal[None]
+        inputs = width - len(self.tree.depths)
+        attends = causal.repeat(len(self.tokens), 1, 1)
+        attends[:, inputs:, :inputs] = (torch.arange(inputs, device=self.lengths.device) < self.lengths[:, None])[
+            :, None
+        ]
+        attends[:, inputs:, inputs:] = self.tree.ancestors
+        return attends
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """S tokens that continue every input of a batch on branches of their own."""
+
+    tokens: Tensor
+    """`[S]` token ids."""
+    depths: Tensor
+    """`[S]` how many tokens of its branch stand before each."""
+    ancestors: Tensor
+    """`[S, S]` whether the second stands on the branch of the first, or is it."""
 
 
 def lift(examples: Sequence[Example]) -> tuple[tuple[int, ...], list[Example]]:
@@ -67,11 +105,31 @@ def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, devi
     lines = [[*e.inputs, *e.target[:-1]] for e in examples]
     longest = max(map(len, lines))
     places = [(n, len(e.inputs) - 1 + t, token) for n, e in enumerate(examples) for t, token in enumerate(e.target)]
-    rows, columns, targets = torch.tensor(places, dtype=torch.long).T
-    tokens = torch.tensor([line + [pad] * (longest - len(line)) for line in lines])
-    lengths = torch.tensor([len(line) for line in lines])
-    parts = (tokens, lengths, torch.tensor(owner), rows, columns, targets)
-    return Batch(*(part.to(device, non_blocking=True) for part in parts))
+    laid_out = (
+        torch.tensor([line + [pad] * (longest - len(line)) for line in lines]),
+        torch.tensor([len(line) for line in lines]),
+        torch.tensor(owner),
+        *torch.tensor(places, dtype=torch.long).T,
+    )
+    tokens, lengths, owners, rows, columns, targets = (part.to(device, non_blocking=True) for part in laid_out)
+    return Batch(tokens, lengths, owners, rows, columns, targets)
+
+
+def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> Batch:
+    """Lay N inputs of one prompt out, each with the whole tree behind it.
+
+    The places are, for each input in turn, its last token and then the tree's tokens: 1 + S of them.
+    """
+    size, device = len(tree.tokens), tree.tokens.device
+    line = collate([Example(row, (pad,)) for row in inputs], [0] * len(inputs), pad=pad, device=device)
+    if not size:
+        return line
+    width = line.tokens.shape[1]
+    tokens = torch.cat([line.tokens, tree.tokens.expand(len(inputs), -1)], dim=1)
+    nodes = torch.arange(width, width + size, device=device).expand(len(inputs), -1)
+    columns = torch.cat([line.columns[:, None], nodes], dim=1).flatten()
+    rows = line.rows.repeat_interleave(1 + size)
+    return Batch(tokens, line.lengths, line.owner, rows, columns, tokens[rows, columns], tree)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +198,12 @@ def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixS
 
 def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:
     """Logits `[M, V]` of the batch's rows, each after the states of the prompt that owns it."""
-    width = batch.tokens.shape[1]
     mask = states.mask[batch.owner]
-    ragged = not bool(states.mask.all())
     keep, place = torch.unique(batch.columns, return_inverse=True)
     logits: Tensor = model(
         input_ids=batch.tokens,
-        # Right padding needs no mask: the columns after a row's end are read by nobody.
-        attention_mask=nn.functional.pad(mask, (0, width), value=1) if ragged else None,
-        position_ids=mask.sum(1, keepdim=True) + torch.arange(width, device=mask.device),
+        attention_mask=_mask(model, mask, batch),
+        position_ids=mask.sum(1, keepdim=True) + batch.places,
         past_key_values=_rows_of(states.cache, batch.owner),
         use_cache=states.cache is not None,
         logits_to_keep=keep,
@@ -157,6 +212,17 @@ def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tenso
 
 
 shared_prefix = Composition("shared prefix", _prefix_states, _attend)
+
+
+def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch) -> Tensor | None:
+    """What the model is told of who attends to whom, in the shape that it needs; `prefix` is `[N, P]`."""
+    width = batch.tokens.shape[1]
+    if batch.tree is None:
+        # Right padding needs no mask: the columns after a row's end are read by nobody.
+        return None if bool(prefix.all()) else nn.functional.pad(prefix, (0, width), value=1)
+    attends = torch.cat([prefix.bool()[:, None].expand(-1, width, -1), batch.attends], dim=2)[:, None]
+    least = torch.finfo(model.dtype).min
+    return torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, least)
 
 
 def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:

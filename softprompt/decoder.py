@@ -57,7 +57,7 @@ def keep(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Kept:
     kept = Kept([], [], mask)
     if prefix.shape[1]:
         own = torch.eye(prefix.shape[1], dtype=torch.bool, device=mask.device)  # even padding attends to something
-        _Pass(model, positions(mask), _causal(prefix) & (mask.bool()[:, None] | own)).keep(prefix, kept)
+        _Pass(model, positions(mask), (mask.bool()[:, None] | own).tril()).keep(prefix, kept)
     return kept
 
 
@@ -69,11 +69,12 @@ def attend(model: PreTrainedModel, kept: Kept, batch: Batch) -> Tensor:
         mask = mask[batch.owner]
         keys, values = ([each[batch.owner] for each in layers] for layers in (kept.keys, kept.values))
         kept = Kept(keys, values, mask)
-    places = mask.sum(1, keepdim=True) + torch.arange(width, device=mask.device)
+    places = mask.sum(1, keepdim=True) + batch.places
+    own = batch.attends
     if bool(mask.all()):
         mask = mask[:1]
-    own = _causal(hidden).expand(len(mask), -1, -1)
-    attends = torch.cat([mask[:, None].expand(-1, width, -1), own], dim=2)
+    count = max(len(mask), len(own))
+    attends = torch.cat([mask[:, None].expand(count, width, -1), own.expand(count, -1, -1)], dim=2)
     first = int(batch.columns.min())
     hidden = _Pass(model, places, attends).run(hidden, kept, first)[batch.rows, batch.columns - first]
     base: Any = model.base_model
@@ -82,12 +83,6 @@ def attend(model: PreTrainedModel, kept: Kept, batch: Batch) -> Tensor:
 
 
 written_out = Composition("shared prefix, layers written out", keep, attend)
-
-
-def _causal(hidden: Tensor) -> Tensor:
-    """`[1, T, T]` whether a token attends to another: those before it and itself."""
-    width = hidden.shape[1]
-    return torch.ones(1, width, width, dtype=torch.bool, device=hidden.device).tril()
 
 
 class _Pass:

@@ -1,7 +1,8 @@
 """Score every label of an experiment for an input, through a prompt whose states are computed once and kept.
 
-A label's score is the log-probability of its tokens after the input. Labels of one token each share a single pass;
-labels of several tokens take a pass each. An output is legal when the tokens that the model itself prefers spell a
+A label's score is the log-probability of its tokens after the input. All labels share a single pass: behind the input
+stand their tokens as a trie, each attending to its own branch alone. Where a model cannot be told so, labels of several
+tokens take a pass each. An output is legal when the tokens that the model itself prefers spell a
 label.
 """
 
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, collate
+from softprompt.composition import Batch, Example, Tree, collate, collate_tree
 
 _ROWS, _TOKENS = 64, 8192
 """Rows and tokens of a pass at the most: enough to fill two CPU cores, and little enough for long inputs."""
+_PLACES = 512
+"""Places of a pass at the most for which there are logits over the whole vocabulary."""
 
 Labels = Sequence[tuple[int, ...]]
 """The token ids of each label, C of them, none a prefix of another."""
@@ -53,6 +56,9 @@ class Classifier:
     def __init__(self, backbone: Backbone, prompt: Tensor, labels: Labels) -> None:
         self._backbone = backbone
         self._labels = list(labels)
+        self._trie = _Trie(self._labels, backbone.device)
+        self._whole = backbone.branches or not self._trie.size
+        """Whether all labels are scored in one pass."""
         with torch.inference_mode():
             self._states = backbone.composition.keep(backbone.model, [prompt.detach().to(backbone.device)])
 
@@ -61,7 +67,7 @@ class Classifier:
         """Scores of N inputs, given as token ids; the order of the rows is kept."""
         log_probabilities = np.empty((len(inputs), len(self._labels)), np.float32)
         legal = np.empty(len(inputs), bool)
-        for rows in _by_length(inputs):
+        for rows in _by_length(inputs, self._trie.size if self._whole else 0):
             part, spells = self._score_batch([tuple(inputs[i]) for i in rows])
             log_probabilities[rows] = part.float().cpu().numpy()
             legal[rows] = spells.any(1).cpu().numpy()
@@ -69,33 +75,60 @@ class Classifier:
 
     def _score_batch(self, inputs: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """`[N, C]` log-probabilities, and whether each label is what the model itself would say."""
-        if all(len(label) == 1 for label in self._labels):
-            logits = self._logits(self._lay_out(inputs, self._labels[0]))
-            ids = torch.tensor([label[0] for label in self._labels], device=logits.device)
-            return logits.log_softmax(1)[:, ids], logits.argmax(1, keepdim=True) == ids
-        pairs = [self._score_label(inputs, label) for label in self._labels]
-        return torch.stack([p for p, _ in pairs], 1), torch.stack([s for _, s in pairs], 1)
+        if not self._whole:
+            pairs = [self._score_label(inputs, label) for label in self._labels]
+            return torch.stack([p for p, _ in pairs], 1), torch.stack([s for _, s in pairs], 1)
+        logits = self._logits(collate_tree(inputs, self._trie.tree, pad=self._backbone.pad))
+        logits = logits.view(len(inputs), 1 + self._trie.size, -1)
+        return self._trie.score(logits)
 
     def _score_label(self, inputs: list[tuple[int, ...]], label: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        batch = self._lay_out(inputs, label)
+        examples = [Example(row, label) for row in inputs]
+        batch = collate(examples, [0] * len(inputs), pad=self._backbone.pad, device=self._backbone.device)
         logits = self._logits(batch)
         tokens = logits.log_softmax(1).gather(1, batch.targets[:, None]).view(len(inputs), -1)
         chosen = (logits.argmax(1) == batch.targets).view(len(inputs), -1)
         return tokens.sum(1), chosen.all(1)
 
-    def _lay_out(self, inputs: list[tuple[int, ...]], label: tuple[int, ...]) -> Batch:
-        examples = [Example(row, label) for row in inputs]
-        return collate(examples, [0] * len(inputs), pad=self._backbone.pad, device=self._backbone.device)
-
     def _logits(self, batch: Batch) -> Tensor:
         return self._backbone.composition.attend(self._backbone.model, self._states, batch).float()
 
 
-def _by_length(inputs: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The rows in passes of like length."""
+class _Trie:
+    """C labels that share what they begin with: a node for every beginning, an edge for every token after one.
+
+    The empty beginning is the input itself; the S others are what the model has to read.
+    """
+
+    def __init__(self, labels: Labels, device: torch.device) -> None:
+        begun = sorted({label[:n] for label in labels for n in range(1, len(label))}, key=lambda b: (len(b), b))
+        edges = sorted({label[:n] for label in labels for n in range(1, len(label) + 1)})
+        node = {(): 0} | {beginning: 1 + n for n, beginning in enumerate(begun)}
+        self.size = len(begun)
+        """S."""
+        self.tree = Tree(
+            torch.tensor([b[-1] for b in begun], dtype=torch.long, device=device),
+            torch.tensor([len(b) - 1 for b in begun], dtype=torch.long, device=device),
+            torch.tensor([[b[: len(a)] == a for a in begun] for b in begun], dtype=torch.bool, device=device),
+        )
+        self._nodes = torch.tensor([node[edge[:-1]] for edge in edges], device=device)
+        self._tokens = torch.tensor([edge[-1] for edge in edges], device=device)
+        self._paths = torch.tensor([[label[: len(e)] == e for label in labels] for e in edges], device=device).float()
+        """`[E, C]` whether an edge is on the way to a label."""
+
+    def score(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """From logits `[N, 1 + S, V]` to `[N, C]` log-probabilities and whether each label is the first choice."""
+        edges = logits.log_softmax(2)[:, self._nodes, self._tokens]
+        chosen = logits.argmax(2)[:, self._nodes] == self._tokens
+        return edges @ self._paths, chosen.float() @ self._paths == self._paths.sum(0)
+
+
+def _by_length(inputs: Sequence[Sequence[int]], branches: int = 0) -> Iterator[list[int]]:
+    """The rows in passes of like length; each row carries as many tokens more as there are branches."""
+    most = max(1, min(_ROWS, _PLACES // (1 + branches)))
     rows: list[int] = []
     for row in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
-        if rows and (len(rows) == _ROWS or (len(rows) + 1) * len(inputs[row]) > _TOKENS):
+        if rows and (len(rows) == most or (len(rows) + 1) * (len(inputs[row]) + branches) > _TOKENS):
             yield rows
             rows = []
         rows.append(row)

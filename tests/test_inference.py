@@ -15,6 +15,7 @@ from tests.tiny import tiny_backbone
 backbone = cache(tiny_backbone)
 SINGLE: Labels = [(300,), (301,), (302,)]
 SEVERAL: Labels = [(300, 301), (310,), (320, 321, 322)]
+SHARING: Labels = [(300, 301), (300, 302, 303), (310, 301), (300, 302, 304), (311,), (310, 302, 303, 304)]
 
 
 def draw_prompt(length: int) -> torch.Tensor:
@@ -44,15 +45,34 @@ def brute_force(
     return scores, legal
 
 
-@pytest.mark.parametrize("labels", [SINGLE, SEVERAL], ids=["single", "several"])
+@pytest.mark.parametrize("labels", [SINGLE, SEVERAL, SHARING], ids=["single", "several", "sharing"])
 @pytest.mark.parametrize("length", [0, 5])
-@pytest.mark.parametrize("kind", ["llama", "mamba"])  # one that shares the prefix, and one that cannot
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "mamba"])  # the last two cannot read branches
 def test_scores_are_those_of_a_plain_loop(kind: str, length: int, labels: Labels) -> None:
     prompt, inputs = draw_prompt(length), draw_inputs(70)
     scores = Classifier(backbone(kind), prompt, labels).score(inputs)
     expected, legal = brute_force(kind, prompt, labels, inputs)
     np.testing.assert_allclose(scores.log_probabilities, expected, rtol=1e-4, atol=1e-4)
     assert scores.legal.tolist() == legal.tolist()
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "opt", "falcon", "bloom", "mamba"]
+)
+def test_labels_share_a_pass_where_the_model_can_read_branches(kind: str) -> None:
+    assert backbone(kind).branches is (kind not in ("bloom", "mamba"))
+
+
+def test_many_labels_cost_one_pass_of_their_trie() -> None:
+    """77 labels of three tokens with 11 beginnings, as an intent task has."""
+    labels = [(300 + n % 11, 320 + n // 11, 340) for n in range(77)]
+    inputs, base, read = draw_inputs(40), backbone(), []
+    handle = base.model.get_input_embeddings().register_forward_hook(lambda *seen: read.append(seen[1][0].numel()))
+    scores = Classifier(base, draw_prompt(5), labels).score(inputs)
+    handle.remove()
+    expected, _ = brute_force("llama", draw_prompt(5), labels[:9], inputs[:5])
+    np.testing.assert_allclose(scores.log_probabilities[:5, :9], expected, rtol=1e-4, atol=1e-4)
+    assert sum(read) < 40 * (12 + 11 + 77)
 
 
 def test_rows_keep_their_order_and_do_not_depend_on_each_other() -> None:

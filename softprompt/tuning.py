@@ -155,7 +155,8 @@ def describe(params: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2g}"
-    return value if len(str(value)) <= 24 else f"{str(value)[:23]}…"
+    text = " ".join(str(value).split())  # a line break would end the row of a table
+    return text if len(text) <= 24 else f"{text[:23]}…"
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from tasks.evaluate import evaluate_baselines, evaluate_prompts, evaluate_registered
 from tasks.prepare import prepare_data
 from tasks.register import register_prompt
-from tasks.tune import close_study, open_study, tune_prompts
+from tasks.tune import close_study, open_study, show_trials, tune_prompts
 
 __all__ = [
     "close_study",
@@ -13,5 +13,6 @@ __all__ = [
     "open_study",
     "prepare_data",
     "register_prompt",
+    "show_trials",
     "tune_prompts",
 ]

@@ -49,15 +49,21 @@ def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[Tr
 
     def record(trial: TrialRecord) -> None:
         records.append(trial)
-        record_trial.with_options(task_run_name=f"{trial.title}: {describe_end(trial)}"[:200])(trial)
+        _show_end(trial)
 
     Lane(bench, sweep, on_end=record).run()
+    return records
+
+
+# Apart from the search, which must not be lost where Prefect's server is away for a moment.
+@task(retries=2, retry_delay_seconds=5)
+def show_trials(trials: list[TrialRecord]) -> None:
+    """Show the trials as a table on the page of the flow run."""
     create_table_artifact(
         key="trials",
-        table=[_row(r) for r in sorted(records, key=lambda r: (-(r.score or 0), r.number))],
+        table=[_row(r) for r in sorted(trials, key=lambda r: (-(r.score or 0), r.number))],
         description="Trials of the search, best first; the score is the accuracy on the validation split.",
     )
-    return records
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry)
@@ -66,10 +72,19 @@ def close_study(experiment: ExperimentSpec, sweep: Sweep) -> None:
     Tracker(experiment).end(sweep.run_id, "finished")
 
 
-@task
-def record_trial(trial: TrialRecord) -> TrialRecord:
+# The name comes from a parameter: it holds texts of the user's, whose {braces} Prefect would fill in a template.
+@task(task_run_name="{name}")
+def record_trial(name: str, trial: TrialRecord) -> TrialRecord:
     """Show a trial's end on the page of the flow run."""
     return trial
+
+
+def _show_end(trial: TrialRecord) -> None:
+    """As `record_trial`; a page that cannot be written ends no search."""
+    try:
+        record_trial(f"{trial.title}: {describe_end(trial)}"[:200], trial)
+    except Exception as error:
+        watcher().stage(f"trial {trial.number} is not shown in Prefect ({type(error).__name__}: {error})")
 
 
 def _row(record: TrialRecord) -> dict[str, str | int | float]:

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import pytest
 from mlflow import MlflowClient
+from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import TaskRun
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
@@ -225,6 +226,39 @@ def test_tune_trains_the_first_start_and_registers_nothing(experiment, tmp_path)
     assert (evaluation.trial, evaluation.title) == (0, "trial 0: labels · P=4 · lr 0.1")
     assert champion_version("tiny-single") is None
     assert mlflow_statuses(single) == {"FINISHED"}
+
+
+def with_text_in_braces(folder: Path, name: str) -> ExperimentSpec:
+    """An experiment whose one trial is named for a text with braces."""
+    text = "{text} is {trial.title}?"
+    space = {"length": 2, "learning_rate": 0.1, "initialization": [{"kind": "text", "text": text}]}
+    pruner = {"kind": "none", "every": 6}
+    return tiny_experiment(folder, name=name, search=space | {"pruner": pruner}, budget={"trials": 1})
+
+
+def test_braces_in_a_text_are_text_on_the_page_of_the_run(tmp_path):
+    state: State = tune(with_text_in_braces(tmp_path, "tiny-braces"), return_state=True)
+    assert state.result().title == "trial 0: text · P=2 · lr 0.1 · text {text} is {trial.title}?"
+    assert [run for run in task_runs(state) if run.name.startswith(f"{state.result().title}: finished")]
+
+
+def test_a_page_that_cannot_be_written_ends_no_search(tmp_path, monkeypatch):
+    real, calls = create_table_artifact, []
+
+    def fail_once(**artifact):
+        calls.append(artifact)
+        if len(calls) == 1:
+            raise OSError("the server is away")
+        return real(**artifact)
+
+    def refuse(*_):
+        raise OSError("the server is away")
+
+    monkeypatch.setattr("tasks.tune.create_table_artifact", fail_once)
+    monkeypatch.setattr("tasks.tune.record_trial", refuse)
+    state: State = tune(tiny_experiment(tmp_path, name="tiny-unseen"), return_state=True)
+    assert state.result().trial == 0
+    assert "trials" in artifacts(state)
 
 
 def test_a_mistake_is_not_tried_again_and_leaves_nothing_behind(experiment, tmp_path):

@@ -113,6 +113,7 @@ def test_progress_says_how_far_it_is(bench: Workbench) -> None:
             {"initialization": "text", "text.text": "Is this film good or is it bad?"},
             "text · P=4 · lr 0.1 · text Is this film good or is…",
         ),
+        ({"initialization": "text", "text.text": "Good\n or\tbad?\n"}, "text · P=4 · lr 0.1 · text Good or bad?"),
     ],
 )
 def test_a_trial_in_words(own: dict[str, Any], words: str) -> None:

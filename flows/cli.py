@@ -228,7 +228,7 @@ def _print_systems(systems: "dict[str, Metrics]") -> None:
     from rich.table import Table
 
     rows = next(iter(systems.values())).rows
-    table = Table(title=f"accuracy on {rows:,} test rows that no search has seen", title_justify="left")
+    table = Table(title=f"accuracy on {rows:,} test rows that the search has not seen", title_justify="left")
     for name in ("system", "accuracy", "95 % interval", "macro F1", "illegal"):
         table.add_column(name, justify="left" if name == "system" else "right")
     for name, m in systems.items():

@@ -105,7 +105,7 @@ class Tuning:
         """The best prompt so far, as an artifact."""
         if self.best is None:
             raise RuntimeError(f"{self.title} has not been validated yet")
-        experiment, backbone = self._bench.experiment, self._bench.backbone
+        experiment, data, backbone = self._bench.experiment, self._bench.data, self._bench.backbone
         return SoftPrompt(
             vectors=self.best.vectors,
             template=experiment.template,
@@ -119,7 +119,7 @@ class Tuning:
                 "experiment": experiment.name,
                 "fingerprint": experiment.fingerprint,
                 "seed": experiment.seed,
-                "dataset": {"source": self._bench.data.source, "digest": self._bench.data.digest},
+                "dataset": {"source": data.source, "digest": data.digest, "test_bound": data.test_bound},
                 "params": self.params,
                 "trial": self.number,
                 "step": self.best.step,

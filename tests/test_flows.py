@@ -182,6 +182,16 @@ def test_a_champion_of_another_base_model_is_kept_with_the_reason(swept_again, e
     assert (result.evaluation.champion, result.evaluation.champion_version) == (None, 1)
 
 
+def test_a_champion_that_may_have_seen_the_test_rows_is_shown_with_the_doubt_and_kept(swept, experiment):
+    other = experiment.model_copy(update={"seed": 1})
+    doubt = "other splits: may have seen test rows"
+    result = sweep(other.with_one_trial())
+    assert f"champion v1 ({doubt})" in result.evaluation.systems
+    assert (result.decision.promoted, champion_version(experiment.name)) == (False, 1)
+    assert result.decision.reason == f"champion v1 could not be measured on these rows: {doubt}"
+    assert list(evaluate(other))[-1] == f"tiny-flows champion ({doubt})"
+
+
 def test_evaluate_measures_what_is_registered(swept, experiment):
     systems = evaluate(experiment)
     assert list(systems)[-1] == "tiny-flows champion"

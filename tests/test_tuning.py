@@ -70,6 +70,7 @@ def test_the_prompt_says_where_it_comes_from(bench: Workbench, tmp_path: Path) -
     assert prompt.provenance["experiment"] == "tiny-sentiment"
     assert prompt.provenance["fingerprint"] == bench.experiment.fingerprint
     assert prompt.provenance["dataset"]["digest"] == bench.data.digest
+    assert prompt.provenance["dataset"]["test_bound"] == bench.data.test_bound
     assert prompt.provenance["params"] == PARAMS
     assert prompt.provenance["trial"] == 2
     assert set(prompt.provenance["versions"]) == {"python", "softprompt", "torch", "transformers"}

@@ -19,7 +19,7 @@ from softprompt.data import PreparedData
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
 from softprompt.figures import draw_systems
-from softprompt.home import artifact_root, owns_tracking, tracking_uri
+from softprompt.home import artifact_root, owns_tracking, tracking_uri, without_secrets
 from softprompt.spec import ExperimentSpec
 
 PARENT_RUN = "mlflow.parentRunId"
@@ -160,8 +160,8 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
     if found is not None:
         if found.lifecycle_stage == "deleted":
             raise UserError(
-                f"name: the MLflow experiment {name!r} is deleted in {tracking_uri()}; restore it, as with `mlflow "
-                f"experiments restore --experiment-id {found.experiment_id}`, or choose another name"
+                f"name: the MLflow experiment {name!r} is deleted in {without_secrets(tracking_uri())}; restore it, as "
+                f"with `mlflow experiments restore --experiment-id {found.experiment_id}`, or choose another name"
             )
         return str(found.experiment_id)
     location = artifact_root().as_uri() if owns_tracking() else None

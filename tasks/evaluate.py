@@ -16,7 +16,7 @@ from softprompt.comparison import OTHER_SPLITS, may_have_seen_test, measure_base
 from softprompt.data import load_prepared
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
-from softprompt.home import study_storage
+from softprompt.home import require_tracking, study_storage
 from softprompt.lane import Sweep
 from softprompt.loading import load_backbone
 from softprompt.progress import watcher
@@ -110,6 +110,13 @@ def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baseli
         champion_version=version,
         not_measured=why_not,
     )
+
+
+@task(retries=1, retry_condition_fn=may_retry)
+def require_registered(experiment: ExperimentSpec, version: str) -> None:
+    """Refuse a version that is not there before anything is measured, which takes minutes."""
+    require_tracking()
+    load_registered(experiment.name, version)
 
 
 @task(retries=1, retry_condition_fn=may_retry, log_prints=True)

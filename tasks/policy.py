@@ -8,7 +8,7 @@ from prefect.runtime import flow_run
 from prefect.states import State
 
 from softprompt.errors import UserError
-from softprompt.home import tracking_uri
+from softprompt.home import tracking_server
 from softprompt.tracking import FLOW_RUN
 
 
@@ -30,6 +30,4 @@ def flow_tags() -> dict[str, str]:
 
 def run_link(experiment_id: str, run_id: str) -> str:
     """Address of a run's page in the MLflow UI: the user's server, else the one that `softprompt ui` serves."""
-    server = tracking_uri()
-    base = server if server.startswith("http") else "http://127.0.0.1:5000"
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{tracking_server() or 'http://127.0.0.1:5000'}/#/experiments/{experiment_id}/runs/{run_id}"

@@ -10,6 +10,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.runtime import flow_run
 
 from softprompt.data import load_prepared
+from softprompt.home import require_tracking
 from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec
@@ -23,6 +24,7 @@ from tasks.prepare import describe_data
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
 def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
     """Create the Optuna study and the parent run in MLflow; of an earlier try of this flow run, nothing stays open."""
+    require_tracking()
     create_stores()
     if flow_run.id:
         close_open_runs(flow_run.id, "failed", "retried")

@@ -27,6 +27,7 @@ from softprompt.registry import champion_version
 from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec, LocalModel
 from softprompt.tracking import Tracker
+from tasks.policy import run_link
 from tests.tiny import tiny_experiment, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -203,6 +204,18 @@ def test_evaluate_measures_what_is_registered(swept, experiment):
     assert runs[0].data.metrics["test_accuracy"] == systems["tiny-flows champion"].accuracy
     assert runs[0].data.params["test_rows"] == "60"
     assert runs[0].data.tags["prefect.flow_run_id"]
+
+
+def test_a_version_that_is_not_there_is_told_before_anything_is_measured(swept, experiment):
+    state: State = evaluate(experiment, version="99", return_state=True)
+    with pytest.raises(UserError, match="tiny-flows/99: no such registered prompt"):
+        state.result()
+    assert "evaluate_baselines" not in states(state)
+
+
+def test_the_link_to_a_run_shows_no_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example/at/")
+    assert run_link("3", "abc") == "https://mlflow.example/at/#/experiments/3/runs/abc"
 
 
 def test_new_weights_at_the_same_place_are_measured_anew(tmp_path):

@@ -79,6 +79,7 @@ def test_three_pages_answer_over_an_empty_state_and_end_with_the_command(served)
 
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3
+    assert not [c for c in children if "optuna.db" in " ".join(c.cmdline())]  # nor the password of another storage
     assert {c.laddr.ip for child in children for c in child.net_connections() if c.status == "LISTEN"} == {"127.0.0.1"}
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)

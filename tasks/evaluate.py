@@ -26,7 +26,7 @@ from softprompt.search import RUN_ID, TITLE, best_trial, load_study
 from softprompt.spec import ExperimentSpec, fingerprint
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
-from tasks.policy import flow_tags, may_retry
+from tasks.policy import close_earlier_try, flow_tags, may_retry
 
 
 class Evaluation(BaseModel):
@@ -124,6 +124,7 @@ def evaluate_registered(
     experiment: ExperimentSpec, data: str, baselines: dict[str, Metrics], version: str
 ) -> dict[str, Metrics]:
     """A registered prompt on the test split, in one table with the baselines; recorded as a run of its own."""
+    close_earlier_try()
     name = f"{experiment.name} {version}"
     watcher().stage(f"measuring {name} on the test split")
     prepared = load_prepared(Path(data))

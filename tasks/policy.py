@@ -7,6 +7,7 @@ from prefect.client.schemas import TaskRun
 from prefect.runtime import flow_run
 from prefect.states import State
 
+from softprompt.closing import close_open_runs
 from softprompt.errors import UserError
 from softprompt.home import tracking_server
 from softprompt.tracking import FLOW_RUN
@@ -26,6 +27,12 @@ async def may_retry(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bo
 def flow_tags() -> dict[str, str]:
     """What every MLflow run of this flow run carries."""
     return {FLOW_RUN: str(flow_run.id or "")}
+
+
+def close_earlier_try() -> None:
+    """Leave nothing open of an earlier try of this task or of this flow run."""
+    if flow_run.id:
+        close_open_runs(flow_run.id, "failed", "retried")
 
 
 def run_link(experiment_id: str, run_id: str) -> str:

@@ -7,27 +7,27 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_table_artifact
-from prefect.runtime import flow_run
 
+from softprompt.closing import close_abandoned_runs
 from softprompt.data import load_prepared
 from softprompt.home import require_tracking
 from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
-from softprompt.tracking import Tracker, close_open_runs
+from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
-from tasks.policy import flow_tags, may_retry, run_link
+from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
 def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
-    """Create the Optuna study and the parent run in MLflow; of an earlier try of this flow run, nothing stays open."""
+    """Create the Optuna study and the parent run in MLflow; of an earlier try or a dead process, nothing stays open."""
     require_tracking()
     create_stores()
-    if flow_run.id:
-        close_open_runs(flow_run.id, "failed", "retried")
+    close_earlier_try()
+    close_abandoned_runs()
     watcher().stage(describe_data(data))
     watcher().stage("loading the model")
     bench = Workbench(experiment, load_prepared(Path(data)))

@@ -243,6 +243,44 @@ def test_a_step_that_fails_after_the_version_is_made_is_tried_again_without_anot
     assert mlflow_statuses(retried) == {"FINISHED"}
 
 
+def test_a_step_that_fails_after_the_table_is_made_is_tried_again_without_doubling_it(tmp_path, monkeypatch):
+    real, calls = Tracker.log_winner, []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError("the server is away")
+        return real(*args)
+
+    monkeypatch.setattr(Tracker, "log_winner", fail_once)
+    retried = tiny_experiment(tmp_path, name="tiny-table", budget={"trials": 1})
+    systems = tune(retried).systems
+    client = MlflowClient(tracking_uri())
+    (parent,) = client.search_runs([Tracker(retried).experiment_id], "tags.`softprompt.winner` IS NULL")
+    with registry._fluent():  # it searches with MLflow's fluent functions
+        table = client.load_table(parent.info.experiment_id, "evaluation.json", [parent.info.run_id])
+    assert list(table["system"]) == list(systems)
+    assert list(table["accuracy"]) == pytest.approx([m.accuracy for m in systems.values()])
+    assert json.loads(parent.data.tags["mlflow.loggedArtifacts"]) == [{"path": "evaluation.json", "type": "table"}]
+
+
+def test_an_evaluation_that_is_tried_again_leaves_its_first_run_closed(swept, experiment, monkeypatch):
+    real, calls = Tracker.log_evaluation, []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError("the server is away")
+        return real(*args)
+
+    monkeypatch.setattr(Tracker, "log_evaluation", fail_once)
+    state: State = evaluate(experiment, return_state=True)
+    runs = MlflowClient(tracking_uri()).search_runs(
+        [Tracker(experiment).experiment_id], f"tags.`prefect.flow_run_id` = '{state.state_details.flow_run_id}'"
+    )
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED"]
+
+
 def test_tune_trains_the_first_start_and_registers_nothing(experiment, tmp_path):
     single = tiny_experiment(tmp_path, name="tiny-single")
     evaluation = tune(single)

@@ -94,8 +94,9 @@ def _serve(pages: list[_Page], stack: ExitStack) -> None:
         running = [(page, stack.enter_context(_process(page))) for page in pages]
         stack.callback(_ask_to_end, [process for _, process in running])
         _await_answers(running)
-        if any(page.name == "Prefect" for page in pages):
-            stack.enter_context(_note(f"http://{HOST}:{_port_of('Prefect', pages)}/api"))
+        for page, process in running:
+            if page.name == "Prefect":
+                stack.enter_context(_note(f"{page.address}/api", process.pid))
         _say("Ctrl-C stops them")
         while True:
             _check_alive(running)
@@ -156,10 +157,6 @@ def _addresses_elsewhere() -> dict[str, str]:
 
         found["Prefect"] = without_secrets(str(get_current_settings().ui_url))
     return found
-
-
-def _port_of(name: str, pages: list[_Page]) -> int:
-    return next(page.port for page in pages if page.name == name)
 
 
 def _require_free(pages: list[_Page]) -> None:
@@ -251,9 +248,9 @@ def _fail(page: _Page, what: str) -> None:
 
 
 @contextmanager
-def _note(address: str) -> Iterator[None]:
+def _note(address: str, process: int) -> Iterator[None]:
     """Tell sweeps that start meanwhile where to report."""
-    served_note().write_text(address, encoding="utf-8")
+    served_note().write_text(f"{address} {process}\n", encoding="utf-8")
     try:
         yield
     finally:

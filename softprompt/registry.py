@@ -139,7 +139,9 @@ def decide(
         recorded = client.get_model_version(name, str(version)).tags.get(REASON, "")
         return Decision(name=name, version=version, promoted=True, reason=recorded)
     if holder is None:
-        promoted, reason = True, f"the first version, with {challenger.accuracy:.1%} on {challenger.rows} test rows"
+        alone = len(client.search_model_versions(f"name = '{name}'")) == 1
+        why = "the first version" if alone else "there is no champion at present"
+        promoted, reason = True, f"{why}, with {challenger.accuracy:.1%} on {challenger.rows} test rows"
     elif holder != measured:
         instead = "none" if measured is None else f"v{measured}"
         promoted, reason = False, f"the champion changed meanwhile (v{holder} instead of {instead})"

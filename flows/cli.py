@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from softprompt.errors import UserError
-from softprompt.home import cache_home, require_writable, state_home, tracking_uri
+from softprompt.home import (
+    cache_home,
+    owns_tracking,
+    require_tracking,
+    require_writable,
+    state_home,
+    tracking_uri,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from softprompt.evaluation import Metrics
@@ -137,9 +145,9 @@ def predict(
 
 @app.command()
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow pages.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect pages.")] = 4200,
-    optuna_port: Annotated[int, typer.Option(help="Port of the Optuna dashboard.")] = 8080,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow pages.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect pages.")] = 4200,
+    optuna_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Optuna dashboard.")] = 8080,
 ) -> None:
     """Serve the MLflow, Prefect and Optuna pages over the local state, on loopback."""
     with _one_sentence():
@@ -164,12 +172,13 @@ def _begin(title: str = "", *, state: bool = True) -> None:
     """What every command needs before it imports Prefect or MLflow, which takes a while: so it says what begins.
 
     Args:
-        title: What begins, for a person.
+        title: What begins, for a person; given for a flow, which keeps records.
         state: Whether the command may write state, as a flow does.
     """
     from flows.environment import prepare_environment
 
     if title:
+        require_tracking()
         typer.echo(f"{title}; state in {os.path.relpath(state_home())}")
 
     if state:
@@ -190,12 +199,14 @@ def _print_plan(spec: "ExperimentSpec", *, training: bool = True) -> None:
 
 def _print_decision(decision: "Decision") -> None:
     program = sys.argv[0]
-    uri, folder = shlex.quote(tracking_uri()), shlex.quote(os.path.dirname(program))
+    folder = shlex.quote(os.path.dirname(program))
+    # A store of the user's own is in their environment already, maybe with a password.
+    store = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri())} " if owns_tracking() else ""
     typer.echo(f"\n{decision.name} v{decision.version} {decision.verdict}: {decision.reason}")
     typer.echo(f'\nUse it:    {program} predict --model {decision.name} "..."')
     typer.echo(f"See it:    {program} ui")
     typer.echo(
-        f"Serve it:  PATH={folder}:$PATH MLFLOW_TRACKING_URI={uri} mlflow models serve "
+        f"Serve it:  PATH={folder}:$PATH {store}mlflow models serve "
         f"-m models:/{decision.name}@champion --env-manager local -p 5099"
     )
 
@@ -229,7 +240,7 @@ def _print_systems(systems: "dict[str, Metrics]") -> None:
     from rich.table import Table
 
     rows = next(iter(systems.values())).rows
-    table = Table(title=f"accuracy on {rows:,} test rows that no search has seen", title_justify="left")
+    table = Table(title=f"accuracy on {rows:,} test rows that the search has not seen", title_justify="left")
     for name in ("system", "accuracy", "95 % interval", "macro F1", "illegal"):
         table.add_column(name, justify="left" if name == "system" else "right")
     for name, m in systems.items():
@@ -270,14 +281,14 @@ def _keep_traceback(error: Exception) -> str:
     file = state_home() / "logs" / f"error-{time.strftime('%Y%m%d-%H%M%S')}.txt"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        file.write_text(without_secrets("".join(traceback.format_exception(error))), encoding="utf-8")
     except OSError:
         return ""
     return f" (details in {file})"
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+    return without_secrets(str(error)).strip().partition("\n")[0][:300]
 
 
 def _fail(message: str, code: int) -> NoReturn:

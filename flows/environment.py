@@ -10,6 +10,8 @@ import tomllib
 import urllib.request
 from pathlib import Path
 
+import psutil
+
 from softprompt.errors import UserError
 from softprompt.home import state_home
 
@@ -68,14 +70,19 @@ def configured_server() -> bool:
 
 
 def served_note() -> Path:
-    """File in which `softprompt ui` notes the address of the Prefect API that it serves."""
+    """File in which `softprompt ui` notes the address of the Prefect API that it serves, and the server's process."""
     return state_home() / "prefect-api-url"
 
 
 def served_api() -> str | None:
-    """The address of the Prefect API that `softprompt ui` serves over this state, if it answers."""
+    """The address of the Prefect API that `softprompt ui` serves over this state, if it answers.
+
+    A note that outlived its process is not followed: by now, another state may be served on that port.
+    """
     try:
-        address = served_note().read_text(encoding="utf-8").strip()
+        address, process = served_note().read_text(encoding="utf-8").split()
+        if not psutil.pid_exists(int(process)):
+            return None
         with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
             return address if answer.status == 200 else None
     except (OSError, ValueError):

@@ -8,7 +8,7 @@ from prefect import flow
 from flows.records import close_cancelled, close_failed
 from softprompt.evaluation import Metrics
 from softprompt.spec import ExperimentSpec
-from tasks import evaluate_baselines, evaluate_registered, prepare_data
+from tasks import evaluate_baselines, evaluate_registered, prepare_data, require_registered
 
 
 @flow(
@@ -27,5 +27,6 @@ def evaluate(experiment: ExperimentSpec, version: str = "champion") -> dict[str,
         version: Alias or version number of the experiment's registered model.
     """
     data = prepare_data(experiment)
+    require_registered(experiment, version)
     baselines = evaluate_baselines(experiment, data)
     return evaluate_registered(experiment, data, baselines, version)

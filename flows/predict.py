@@ -12,7 +12,7 @@ from typing import TextIO
 
 from softprompt.data import as_text, read_file
 from softprompt.errors import UserError
-from softprompt.home import owns_tracking, tracking_file
+from softprompt.home import owns_tracking, require_tracking, tracking_file
 from softprompt.packages import writing_below
 from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt
@@ -30,6 +30,7 @@ def choose_prompt(folder: Path | None, model: str | None, version: str) -> SoftP
         return SoftPrompt.load(folder)
     if owns_tracking() and not tracking_file().exists():  # MLflow would make it
         raise UserError(f"{tracking_file()}: there is no registered prompt yet; run a sweep first")
+    require_tracking()
     if model is None:
         names = champions()
         if len(names) != 1:

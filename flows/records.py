@@ -6,14 +6,14 @@ from prefect.client.schemas import FlowRun
 from prefect.flows import Flow
 from prefect.states import State
 
-from softprompt.tracking import close_open_runs
+from softprompt.closing import close_open_runs
 
 
 def close_failed(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Bring the MLflow runs of a failed or crashed flow run to their true state."""
+    """Bring runs and trials of a failed or crashed flow run to their true state."""
     close_open_runs(str(flow_run.id), "failed", state.message or state.name or "")
 
 
 def close_cancelled(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Bring the MLflow runs of a cancelled flow run to their true state."""
+    """Bring runs and trials of a cancelled flow run to their true state."""
     close_open_runs(str(flow_run.id), "interrupted", "cancelled")

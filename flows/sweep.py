@@ -7,7 +7,15 @@ from flows.records import close_cancelled, close_failed
 from softprompt.lane import Sweep, TrialRecord
 from softprompt.registry import Decision
 from softprompt.spec import ExperimentSpec
-from tasks import evaluate_baselines, evaluate_prompts, open_study, prepare_data, register_prompt, tune_prompts
+from tasks import (
+    evaluate_baselines,
+    evaluate_prompts,
+    open_study,
+    prepare_data,
+    register_prompt,
+    show_trials,
+    tune_prompts,
+)
 from tasks.evaluate import Evaluation
 
 
@@ -39,6 +47,7 @@ def sweep(experiment: ExperimentSpec) -> SweepResult:
     data = prepare_data(experiment)
     study = open_study(experiment, data)
     trials = tune_prompts(experiment, data, study)
+    show_trials(trials)
     baselines = evaluate_baselines(experiment, data)
     evaluation = evaluate_prompts(experiment, data, study, baselines)
     decision = register_prompt(experiment, study, evaluation)

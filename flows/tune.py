@@ -7,7 +7,7 @@ from prefect import flow
 
 from flows.records import close_cancelled, close_failed
 from softprompt.spec import ExperimentSpec
-from tasks import close_study, evaluate_baselines, evaluate_prompts, open_study, prepare_data, tune_prompts
+from tasks import close_study, evaluate_baselines, evaluate_prompts, open_study, prepare_data, show_trials, tune_prompts
 from tasks.evaluate import Evaluation
 
 
@@ -28,7 +28,7 @@ def tune(experiment: ExperimentSpec) -> Evaluation:
     single = experiment.with_one_trial()
     data = prepare_data(single)
     study = open_study(single, data)
-    tune_prompts(single, data, study)
+    show_trials(tune_prompts(single, data, study))
     baselines = evaluate_baselines(single, data)
     evaluation = evaluate_prompts(single, data, study, baselines)
     close_study(single, study)

@@ -19,9 +19,14 @@ from types import FrameType
 
 from flows.environment import configured_server, prepare_environment, served_api, served_note
 from softprompt.errors import UserError
-from softprompt.home import artifact_root, state_home, study_storage, tracking_uri
+from softprompt.home import artifact_root, state_home, study_storage, tracking_server, tracking_uri, without_secrets
 
 HOST = "127.0.0.1"
+_DASHBOARD = (
+    "import os, sys; from optuna_dashboard import run_server; "
+    "run_server(os.environ['SOFTPROMPT_STORAGE'], host=sys.argv[1], port=int(sys.argv[2]))"
+)
+"""Its own command takes the storage, which may hold a password, as an argument only."""
 _START_SECONDS = 180
 _STOP_SECONDS = 4
 
@@ -36,8 +41,8 @@ class _Page:
     option: str
     """The option of `softprompt ui` that moves it to another port."""
     health: str
-    module: tuple[str, ...]
-    """What follows `python -m`."""
+    arguments: tuple[str, ...]
+    """What follows `python`; nothing secret, as everyone on the machine can read it."""
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -89,8 +94,9 @@ def _serve(pages: list[_Page], stack: ExitStack) -> None:
         running = [(page, stack.enter_context(_process(page))) for page in pages]
         stack.callback(_ask_to_end, [process for _, process in running])
         _await_answers(running)
-        if any(page.name == "Prefect" for page in pages):
-            stack.enter_context(_note(f"http://{HOST}:{_port_of('Prefect', pages)}/api"))
+        for page, process in running:
+            if page.name == "Prefect":
+                stack.enter_context(_note(f"{page.address}/api", process.pid))
         _say("Ctrl-C stops them")
         while True:
             _check_alive(running)
@@ -109,7 +115,7 @@ def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]
             mlflow_port,
             "--mlflow-port",
             "/health",
-            ("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"),
+            ("-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"),
             {
                 "MLFLOW_BACKEND_STORE_URI": tracking_uri(),
                 "MLFLOW_ARTIFACTS_DESTINATION": artifact_root().as_uri(),
@@ -123,7 +129,7 @@ def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]
             prefect_port,
             "--prefect-port",
             "/api/health",
-            ("prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)),
+            ("-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)),
             # Without these, the pages it serves would look for its API on port 4200.
             {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(prefect_port)},
         ),
@@ -133,7 +139,8 @@ def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]
             optuna_port,
             "--optuna-port",
             "/",
-            ("optuna_dashboard._cli", "--host", HOST, "--port", str(optuna_port), study_storage()),
+            ("-c", _DASHBOARD, HOST, str(optuna_port)),
+            {"SOFTPROMPT_STORAGE": study_storage()},
         ),
     ]
     return [page for page in every if page.name not in elsewhere]
@@ -142,17 +149,14 @@ def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]
 def _addresses_elsewhere() -> dict[str, str]:
     """The servers of the user's own, by name."""
     found = {}
-    if tracking_uri().startswith(("http://", "https://")):
-        found["MLflow"] = tracking_uri()
+    server = tracking_server()
+    if server:
+        found["MLflow"] = server
     if configured_server():
         from prefect.settings import get_current_settings
 
-        found["Prefect"] = str(get_current_settings().ui_url)
+        found["Prefect"] = without_secrets(str(get_current_settings().ui_url))
     return found
-
-
-def _port_of(name: str, pages: list[_Page]) -> int:
-    return next(page.port for page in pages if page.name == name)
 
 
 def _require_free(pages: list[_Page]) -> None:
@@ -184,7 +188,7 @@ def _process(page: _Page) -> Iterator[subprocess.Popen[bytes]]:
     environment = {k: v for k, v in os.environ.items() if k not in quiet} | page.environment
     with page.log.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *page.module],
+            [sys.executable, *page.arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -244,9 +248,9 @@ def _fail(page: _Page, what: str) -> None:
 
 
 @contextmanager
-def _note(address: str) -> Iterator[None]:
+def _note(address: str, process: int) -> Iterator[None]:
     """Tell sweeps that start meanwhile where to report."""
-    served_note().write_text(address, encoding="utf-8")
+    served_note().write_text(f"{address} {process}\n", encoding="utf-8")
     try:
         yield
     finally:

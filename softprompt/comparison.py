@@ -22,6 +22,8 @@ MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
 NO_PROMPT = "no prompt"
 INSTRUCTION = "instruction"
+OTHER_SPLITS = "other splits: may have seen test rows"
+"""Said of a prompt whose score on the test split cannot be trusted."""
 
 
 def measure_baselines(bench: Workbench) -> dict[str, Metrics]:
@@ -55,6 +57,19 @@ def measure_prompt(bench: Workbench, prompt: SoftPrompt) -> Metrics:
     split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens)
     classifier = Classifier(bench.backbone, prompt.vectors, [tokens[label] for label in bench.labels])
     return measure_scores(split.gold, classifier.score(split.inputs))
+
+
+def may_have_seen_test(bench: Workbench, prompt: SoftPrompt) -> bool:
+    """Whether rows of the test split may be among those that a prompt was trained or chosen on.
+
+    A test split that the data names is the user's to keep apart. A carved one is safe where the prompt's own was carved
+    from the same order, by seed and columns, and reached at least as far: all that it was trained on comes later.
+    """
+    bound, own = bench.data.test_bound, prompt.provenance
+    if bound is None:
+        return False
+    same_order = (own.get("seed"), Predictor.fields_of(prompt)) == (bench.experiment.seed, bench.experiment.fields)
+    return not same_order or bound > (own.get("dataset", {}).get("test_bound") or "")
 
 
 def _measure_majority(bench: Workbench) -> Metrics:

@@ -6,10 +6,18 @@ in `SOFTPROMPT_CACHE`. A tracking server or study storage that the user has conf
 """
 
 import os
+import re
+import ssl
+import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 from softprompt.errors import UserError
+
+_SECRET = re.compile(r"(?<=://)[^\s/:@]*(?::\S*)?(?=@)|(?<=password=)[^\s&]*")
+_PROBE_SECONDS = 10
 
 
 def state_home() -> Path:
@@ -56,6 +64,37 @@ def require_writable(folder: Path, variable: str) -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
+
+
+def without_secrets(text: str) -> str:
+    """A text as it may be shown: of the URIs in it, user and password are masked."""
+    return _SECRET.sub("***", text)
+
+
+def tracking_server() -> str | None:
+    """The address of the user's tracking server, without user and password; None where a database is tracked to."""
+    uri = tracking_uri()
+    if not uri.startswith(("http://", "https://")):
+        return None
+    return without_secrets(uri).replace("***@", "").rstrip("/")
+
+
+def require_tracking() -> None:
+    """UserError at once where the tracking server does not answer: MLflow would try again in silence for minutes."""
+    server = tracking_server()
+    if server is None:
+        return
+    try:
+        urllib.request.urlopen(f"{server}/health", timeout=_PROBE_SECONDS).close()
+    except HTTPError:
+        return  # an answer as well, as of a proxy that wants a password
+    except (OSError, ValueError, HTTPException) as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, ssl.SSLError):
+            return  # answers; whose certificates are trusted is between the user and MLflow
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: {server} does not answer ({reason}); start that server, or correct the address"
+        ) from None
 
 
 def owns_tracking() -> bool:

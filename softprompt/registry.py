@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics
-from softprompt.home import tracking_uri
+from softprompt.home import tracking_uri, without_secrets
 from softprompt.prompt import SoftPrompt
 from softprompt.tracking import DECISION, REASON, TEST_ACCURACY
 
@@ -74,7 +74,8 @@ def load_registered(name: str, alias_or_version: str = CHAMPION) -> SoftPrompt:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise UserError(
-                f"{uri}: no such registered prompt in {tracking_uri()}; run a sweep first, or set MLFLOW_TRACKING_URI"
+                f"{uri}: no such registered prompt in {without_secrets(tracking_uri())}; run a sweep first, or set "
+                "MLFLOW_TRACKING_URI"
             ) from None
         return SoftPrompt.load(Path(found) / "artifacts" / "prompt")
 
@@ -138,7 +139,9 @@ def decide(
         recorded = client.get_model_version(name, str(version)).tags.get(REASON, "")
         return Decision(name=name, version=version, promoted=True, reason=recorded)
     if holder is None:
-        promoted, reason = True, f"the first version, with {challenger.accuracy:.1%} on {challenger.rows} test rows"
+        alone = len(client.search_model_versions(f"name = '{name}'")) == 1
+        why = "the first version" if alone else "there is no champion at present"
+        promoted, reason = True, f"{why}, with {challenger.accuracy:.1%} on {challenger.rows} test rows"
     elif holder != measured:
         instead = "none" if measured is None else f"v{measured}"
         promoted, reason = False, f"the champion changed meanwhile (v{holder} instead of {instead})"

@@ -136,6 +136,16 @@ def counted(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in trials if t.state != TrialState.WAITING and DUPLICATE_OF not in t.user_attrs]
 
 
+def fail_running(name: str, storage: str | BaseStorage) -> None:
+    """Tell that the trials which are still running have failed: nobody is left to end them."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return  # it was in another storage, or is deleted
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
 def best_trial(study: optuna.Study) -> FrozenTrial:
     """The finished trial of the highest score; of equal ones that of the lowest validation loss, then the earliest.
 

@@ -2,6 +2,8 @@
 
 Two processes that open the same empty SQLite file at the same moment break each other's migrations: a sweep and
 `softprompt ui`, or two sweeps, started together in a new clone. So one makes the tables while the others wait.
+
+Prefect's database is not among them: its server makes it, and two that start together in a new clone may still collide.
 """
 
 import fcntl

@@ -5,8 +5,9 @@ task may run in another one. All names that a person meets in the MLflow UI stan
 """
 
 import json
+import os
+import socket
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +20,15 @@ from softprompt.data import PreparedData
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
 from softprompt.figures import draw_systems
-from softprompt.home import artifact_root, owns_tracking, tracking_uri
+from softprompt.home import artifact_root, owns_tracking, tracking_uri, without_secrets
 from softprompt.spec import ExperimentSpec
 
 PARENT_RUN = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
 KIND = "mlflow.experimentKind"
 """Which of its faces the MLflow UI shows: training runs, not conversations."""
+TABLES = "mlflow.loggedArtifacts"
+"""Which artifacts MLflow shows and loads as tables."""
 FINGERPRINT = "softprompt.fingerprint"
 OUTCOME = "softprompt.outcome"
 REASON = "softprompt.reason"
@@ -34,6 +37,9 @@ TRIAL = "optuna.trial"
 WINNER = "softprompt.winner"
 DECISION = "softprompt.decision"
 FLOW_RUN = "prefect.flow_run_id"
+HOST = "softprompt.host"
+PID = "softprompt.pid"
+"""With the host: the process that writes a sweep or an evaluation, and closes it unless it is killed."""
 PROMPT = "prompt"
 """Artifact folder of a trial's prompt."""
 
@@ -58,7 +64,7 @@ class Tracker:
 
     def start_sweep(self, study: str, experiment: ExperimentSpec, data: PreparedData, tags: Mapping[str, str]) -> str:
         """Create the parent run with everything that is known before the first trial; returns its id."""
-        tags = {STUDY: study, FINGERPRINT: experiment.fingerprint, **tags}
+        tags = {STUDY: study, FINGERPRINT: experiment.fingerprint, **_owner(), **tags}
         # Short enough for the column of MLflow's list; the experiment's name stands above it.
         name = time.strftime("sweep %m-%d %H:%M", time.gmtime())
         run_id: str = self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
@@ -105,10 +111,10 @@ class Tracker:
         """Record the systems on the test split, the one in question last: metrics, a table and a figure."""
         self.log_metrics(run_id, _test_metrics(list(systems.values())[-1]))
         rows = [{"system": name, **m.model_dump(exclude={"correct"})} for name, m in systems.items()]
-        with warnings.catch_warnings():
-            # MLflow asks pandas 3 for columns of text in the manner of pandas 2.
-            warnings.filterwarnings("ignore", message="For backward compatibility, 'str' dtypes")
-            self._client.log_table(run_id, {key: [row[key] for row in rows] for key in rows[0]}, "evaluation.json")
+        # As MLflow's own log_table writes it, which would append to the table of an earlier try.
+        table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+        self._client.log_dict(run_id, table, "evaluation.json")
+        self._client.set_tag(run_id, TABLES, json.dumps([{"path": "evaluation.json", "type": "table"}]))
         self._client.log_figure(run_id, draw_systems(systems), "evaluation.png")
         self._client.set_tag(run_id, NOTE, describe_table(dict(systems)))
 
@@ -126,7 +132,7 @@ class Tracker:
         tags: Mapping[str, str],
     ) -> None:
         """Record an evaluation apart from any sweep as a run of its own."""
-        tags = {FINGERPRINT: experiment.fingerprint, **tags}
+        tags = {FINGERPRINT: experiment.fingerprint, **_owner(), **tags}
         run_id = self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
         self._client.log_batch(run_id, params=_params(_sweep_params(experiment, data)))
         self._client.log_inputs(run_id, [_dataset_input(data, "test")])
@@ -155,13 +161,17 @@ def end_run(client: MlflowClient, run_id: str, outcome: Outcome, reason: str) ->
     client.set_tag(run_id, OUTCOME, outcome)  # last: a run without it counts as open
 
 
+def _owner() -> dict[str, str]:
+    return {HOST: socket.gethostname(), PID: str(os.getpid())}
+
+
 def _experiment_id(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage == "deleted":
             raise UserError(
-                f"name: the MLflow experiment {name!r} is deleted in {tracking_uri()}; restore it, as with `mlflow "
-                f"experiments restore --experiment-id {found.experiment_id}`, or choose another name"
+                f"name: the MLflow experiment {name!r} is deleted in {without_secrets(tracking_uri())}; restore it, as "
+                f"with `mlflow experiments restore --experiment-id {found.experiment_id}`, or choose another name"
             )
         return str(found.experiment_id)
     location = artifact_root().as_uri() if owns_tracking() else None
@@ -218,15 +228,3 @@ def _metrics(values: Mapping[str, float], step: int) -> list[Metric]:
 
 def _now() -> int:
     return int(time.time() * 1000)
-
-
-def close_open_runs(flow_run_id: str, outcome: Outcome, reason: str) -> None:
-    """Close every run that a flow run left without an outcome: sweep, trials, evaluation.
-
-    The status does not tell: MLflow sets a sweep's to FINISHED already when a version is registered from it.
-    """
-    client = MlflowClient(tracking_uri=tracking_uri())
-    everywhere = [e.experiment_id for e in client.search_experiments()]
-    for run in client.search_runs(everywhere, f"tags.`{FLOW_RUN}` = '{flow_run_id}'", max_results=5000):
-        if OUTCOME not in run.data.tags:
-            end_run(client, run.info.run_id, outcome, reason)

@@ -105,7 +105,7 @@ class Tuning:
         """The best prompt so far, as an artifact."""
         if self.best is None:
             raise RuntimeError(f"{self.title} has not been validated yet")
-        experiment, backbone = self._bench.experiment, self._bench.backbone
+        experiment, data, backbone = self._bench.experiment, self._bench.data, self._bench.backbone
         return SoftPrompt(
             vectors=self.best.vectors,
             template=experiment.template,
@@ -119,7 +119,7 @@ class Tuning:
                 "experiment": experiment.name,
                 "fingerprint": experiment.fingerprint,
                 "seed": experiment.seed,
-                "dataset": {"source": self._bench.data.source, "digest": self._bench.data.digest},
+                "dataset": {"source": data.source, "digest": data.digest, "test_bound": data.test_bound},
                 "params": self.params,
                 "trial": self.number,
                 "step": self.best.step,
@@ -155,7 +155,8 @@ def describe(params: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2g}"
-    return value if len(str(value)) <= 24 else f"{str(value)[:23]}…"
+    text = " ".join(str(value).split())  # a line break would end the row of a table
+    return text if len(text) <= 24 else f"{text[:23]}…"
 
 
 def versions() -> dict[str, str]:

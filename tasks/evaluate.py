@@ -1,6 +1,7 @@
 """The winner on the test split, beside what there would be without it: the only tasks that read that split.
 
-A champion that cannot answer these rows is left out with the reason, and does not fail the sweep.
+A champion that cannot answer these rows is left out with the reason, and does not fail the sweep. One that may have
+been trained on some of them is shown, and not compared with.
 """
 
 import tempfile
@@ -11,11 +12,11 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
-from softprompt.comparison import measure_baselines, measure_prompt
+from softprompt.comparison import OTHER_SPLITS, may_have_seen_test, measure_baselines, measure_prompt
 from softprompt.data import load_prepared
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
-from softprompt.home import study_storage
+from softprompt.home import require_tracking, study_storage
 from softprompt.lane import Sweep
 from softprompt.loading import load_backbone
 from softprompt.progress import watcher
@@ -25,7 +26,7 @@ from softprompt.search import RUN_ID, TITLE, best_trial, load_study
 from softprompt.spec import ExperimentSpec, fingerprint
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
-from tasks.policy import flow_tags, may_retry
+from tasks.policy import close_earlier_try, flow_tags, may_retry
 
 
 class Evaluation(BaseModel):
@@ -43,10 +44,10 @@ class Evaluation(BaseModel):
     """Metrics by name, the baselines first."""
     winner: Metrics
     champion: Metrics | None
-    """The registered champion on the same rows."""
+    """The registered champion on the same rows; None where there is none to compare with."""
     champion_version: int | None
     not_measured: str
-    """Why the champion was not measured, where there is one that could not be."""
+    """Why there is none to compare with, where there is a champion."""
 
 
 _BASELINES = 2
@@ -94,7 +95,8 @@ def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baseli
     metrics = measure_prompt(bench, winner)
     version, champion, why_not = _measure_champion(bench)
     title = str(best.user_attrs[TITLE])
-    systems = {**baselines, **({f"champion v{version}": champion} if champion else {}), f"winner, {title}": metrics}
+    shown = {_with_doubt(f"champion v{version}", why_not): champion} if champion else {}
+    systems = {**baselines, **shown, f"winner, {title}": metrics}
     create_markdown_artifact(key="result", markdown=describe_table(systems), description="Accuracy on the test split")
     tracker.log_evaluation(sweep.run_id, systems)
     tracker.log_winner(run_id, metrics)
@@ -104,10 +106,17 @@ def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baseli
         title=title,
         systems=systems,
         winner=metrics,
-        champion=champion,
+        champion=None if why_not else champion,
         champion_version=version,
         not_measured=why_not,
     )
+
+
+@task(retries=1, retry_condition_fn=may_retry)
+def require_registered(experiment: ExperimentSpec, version: str) -> None:
+    """Refuse a version that is not there before anything is measured, which takes minutes."""
+    require_tracking()
+    load_registered(experiment.name, version)
 
 
 @task(retries=1, retry_condition_fn=may_retry, log_prints=True)
@@ -115,21 +124,30 @@ def evaluate_registered(
     experiment: ExperimentSpec, data: str, baselines: dict[str, Metrics], version: str
 ) -> dict[str, Metrics]:
     """A registered prompt on the test split, in one table with the baselines; recorded as a run of its own."""
+    close_earlier_try()
     name = f"{experiment.name} {version}"
     watcher().stage(f"measuring {name} on the test split")
     prepared = load_prepared(Path(data))
     prompt = load_registered(experiment.name, version)
-    systems = {**baselines, name: measure_prompt(Workbench(experiment, prepared), prompt)}
+    bench = Workbench(experiment, prepared)
+    shown = _with_doubt(name, OTHER_SPLITS if may_have_seen_test(bench, prompt) else "")
+    systems = {**baselines, shown: measure_prompt(bench, prompt)}
     Tracker(experiment).record_evaluation(f"evaluate {name}", experiment, prepared, systems, flow_tags())
     create_markdown_artifact(key="result", markdown=describe_table(systems), description="Accuracy on the test split")
     return systems
 
 
+def _with_doubt(name: str, doubt: str) -> str:
+    return f"{name} ({doubt})" if doubt else name
+
+
 def _measure_champion(bench: Workbench) -> tuple[int | None, Metrics | None, str]:
+    """Version and metrics of the champion, and why they do not count, where they do not."""
     version = champion_version(bench.experiment.name)
     if version is None:
         return None, None, ""
     try:
-        return version, measure_prompt(bench, load_registered(bench.experiment.name, str(version))), ""
+        prompt = load_registered(bench.experiment.name, str(version))
+        return version, measure_prompt(bench, prompt), OTHER_SPLITS if may_have_seen_test(bench, prompt) else ""
     except UserError as error:
         return version, None, str(error)

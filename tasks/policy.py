@@ -7,8 +7,9 @@ from prefect.client.schemas import TaskRun
 from prefect.runtime import flow_run
 from prefect.states import State
 
+from softprompt.closing import close_open_runs
 from softprompt.errors import UserError
-from softprompt.home import tracking_uri
+from softprompt.home import tracking_server
 from softprompt.tracking import FLOW_RUN
 
 
@@ -28,8 +29,12 @@ def flow_tags() -> dict[str, str]:
     return {FLOW_RUN: str(flow_run.id or "")}
 
 
+def close_earlier_try() -> None:
+    """Leave nothing open of an earlier try of this task or of this flow run."""
+    if flow_run.id:
+        close_open_runs(flow_run.id, "failed", "retried")
+
+
 def run_link(experiment_id: str, run_id: str) -> str:
     """Address of a run's page in the MLflow UI: the user's server, else the one that `softprompt ui` serves."""
-    server = tracking_uri()
-    base = server if server.startswith("http") else "http://127.0.0.1:5000"
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{tracking_server() or 'http://127.0.0.1:5000'}/#/experiments/{experiment_id}/runs/{run_id}"

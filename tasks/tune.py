@@ -7,29 +7,31 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_table_artifact
-from prefect.runtime import flow_run
 
+from softprompt.closing import close_abandoned_runs
 from softprompt.data import load_prepared
+from softprompt.home import require_tracking
 from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
-from softprompt.tracking import Tracker, close_open_runs
+from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
-from tasks.policy import flow_tags, may_retry, run_link
+from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
 def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
-    """Create the Optuna study and the parent run in MLflow; of an earlier try of this flow run, nothing stays open."""
-    create_stores()
-    if flow_run.id:
-        close_open_runs(flow_run.id, "failed", "retried")
+    """Create the Optuna study and the parent run in MLflow; of an earlier try or a dead process, nothing stays open."""
+    require_tracking()
     watcher().stage(describe_data(data))
     watcher().stage("loading the model")
     bench = Workbench(experiment, load_prepared(Path(data)))
     watcher().stage(f"model ready on {bench.backbone.device}, {bench.backbone.composition.name}")
+    create_stores()
+    close_earlier_try()
+    close_abandoned_runs()
     sweep = open_sweep(experiment, bench.data, flow_tags())
     create_link_artifact(
         key="mlflow-run",
@@ -49,15 +51,21 @@ def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[Tr
 
     def record(trial: TrialRecord) -> None:
         records.append(trial)
-        record_trial.with_options(task_run_name=f"{trial.title}: {describe_end(trial)}"[:200])(trial)
+        _show_end(trial)
 
     Lane(bench, sweep, on_end=record).run()
+    return records
+
+
+# Apart from the search, which must not be lost where Prefect's server is away for a moment.
+@task(retries=2, retry_delay_seconds=5)
+def show_trials(trials: list[TrialRecord]) -> None:
+    """Show the trials as a table on the page of the flow run."""
     create_table_artifact(
         key="trials",
-        table=[_row(r) for r in sorted(records, key=lambda r: (-(r.score or 0), r.number))],
+        table=[_row(r) for r in sorted(trials, key=lambda r: (-(r.score or 0), r.number))],
         description="Trials of the search, best first; the score is the accuracy on the validation split.",
     )
-    return records
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry)
@@ -66,10 +74,19 @@ def close_study(experiment: ExperimentSpec, sweep: Sweep) -> None:
     Tracker(experiment).end(sweep.run_id, "finished")
 
 
-@task
-def record_trial(trial: TrialRecord) -> TrialRecord:
+# The name comes from a parameter: it holds texts of the user's, whose {braces} Prefect would fill in a template.
+@task(task_run_name="{name}")
+def record_trial(name: str, trial: TrialRecord) -> TrialRecord:
     """Show a trial's end on the page of the flow run."""
     return trial
+
+
+def _show_end(trial: TrialRecord) -> None:
+    """As `record_trial`; a page that cannot be written ends no search."""
+    try:
+        record_trial(f"{trial.title}: {describe_end(trial)}"[:200], trial)
+    except Exception as error:
+        watcher().stage(f"trial {trial.number} is not shown in Prefect ({type(error).__name__}: {error})")
 
 
 def _row(record: TrialRecord) -> dict[str, str | int | float]:

@@ -7,6 +7,7 @@ them. What the user has configured is dropped: a test never reaches somebody's s
 import atexit
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,14 @@ os.environ.update(
     SOFTPROMPT_HOME=str(_SESSION / "state"),
     SOFTPROMPT_CACHE=str(_SESSION / "cache"),
 )
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @pytest.fixture(scope="session")

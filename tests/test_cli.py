@@ -275,6 +275,22 @@ def test_predict_without_anything_registered(tmp_path: Path):
     assert not home.exists()
 
 
+@pytest.mark.parametrize("command", ["sweep", "tune", "evaluate"])
+def test_a_tracking_server_that_is_away_is_told_at_once(tmp_path: Path, command: str, free_port: int):
+    home, uri = tmp_path / "home", f"http://me:secret@127.0.0.1:{free_port}"
+    said = sentence(call(command, write_experiment(tmp_path), SOFTPROMPT_HOME=home, MLFLOW_TRACKING_URI=uri))
+    assert f"http://127.0.0.1:{free_port} does not answer" in said
+    assert "does not answer" in sentence(call("predict", "a film", SOFTPROMPT_HOME=home, MLFLOW_TRACKING_URI=uri))
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("option", ["--mlflow-port", "--prefect-port", "--optuna-port"])
+def test_a_port_out_of_range_is_refused(option: str):
+    refused = call("ui", option, 70000)
+    assert refused.exit_code == 2
+    assert option in refused.stderr
+
+
 def write_experiment(folder: Path) -> Path:
     experiment = tiny_experiment(folder)
     file = folder / "experiment.yaml"

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from softprompt.comparison import INSTRUCTION, MAJORITY, NO_PROMPT, TFIDF, measure_baselines, measure_prompt
+from softprompt.comparison import (
+    INSTRUCTION,
+    MAJORITY,
+    NO_PROMPT,
+    TFIDF,
+    may_have_seen_test,
+    measure_baselines,
+    measure_prompt,
+)
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.evaluation import measure_scores
@@ -137,3 +145,28 @@ def test_a_prompt_of_another_model_is_refused(bench, prompt):
 def test_a_prompt_that_needs_another_column_is_refused(bench, prompt):
     with pytest.raises(UserError, match="reads the column 'headline', which the experiment's template does not name"):
         measure_prompt(bench, replace(prompt, template="{headline}: {text}"))
+
+
+def test_a_prompt_has_not_seen_the_test_rows_of_its_own_splits_nor_of_fewer_ones(bench, prompt, folder):
+    assert not may_have_seen_test(bench, prompt)
+    assert not may_have_seen_test(carved_anew(bench, folder, splits={"validation": 60, "test": 40}), prompt)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"splits": {"validation": 40, "test": 70}}], ids=lambda c: next(iter(c))
+)
+def test_a_prompt_of_other_splits_may_have_seen_test_rows(bench, prompt, folder, change):
+    other = carved_anew(bench, folder, **change)
+    assert may_have_seen_test(other, prompt)
+    assert not may_have_seen_test(other, tune(other, PARAMS))
+    assert may_have_seen_test(bench, replace(prompt, provenance={}))
+
+
+def carved_anew(bench: Workbench, folder, **change) -> Workbench:
+    experiment = tiny_experiment(folder, **change)
+    return Workbench(experiment, prepare(experiment, folder / "cache"), bench.backbone)
+
+
+def test_a_test_split_that_the_data_names_is_the_users_to_keep_apart(bench, prompt):
+    named = Workbench(bench.experiment, replace(bench.data, test_bound=None), bench.backbone)
+    assert not may_have_seen_test(named, replace(prompt, provenance={}))

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import pytest
 from mlflow import MlflowClient
+from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import TaskRun
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
@@ -26,6 +27,7 @@ from softprompt.registry import champion_version
 from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec, LocalModel
 from softprompt.tracking import Tracker
+from tasks.policy import run_link
 from tests.tiny import tiny_experiment, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -181,6 +183,16 @@ def test_a_champion_of_another_base_model_is_kept_with_the_reason(swept_again, e
     assert (result.evaluation.champion, result.evaluation.champion_version) == (None, 1)
 
 
+def test_a_champion_that_may_have_seen_the_test_rows_is_shown_with_the_doubt_and_kept(swept, experiment):
+    other = experiment.model_copy(update={"seed": 1})
+    doubt = "other splits: may have seen test rows"
+    result = sweep(other.with_one_trial())
+    assert f"champion v1 ({doubt})" in result.evaluation.systems
+    assert (result.decision.promoted, champion_version(experiment.name)) == (False, 1)
+    assert result.decision.reason == f"champion v1 could not be measured on these rows: {doubt}"
+    assert list(evaluate(other))[-1] == f"tiny-flows champion ({doubt})"
+
+
 def test_evaluate_measures_what_is_registered(swept, experiment):
     systems = evaluate(experiment)
     assert list(systems)[-1] == "tiny-flows champion"
@@ -192,6 +204,18 @@ def test_evaluate_measures_what_is_registered(swept, experiment):
     assert runs[0].data.metrics["test_accuracy"] == systems["tiny-flows champion"].accuracy
     assert runs[0].data.params["test_rows"] == "60"
     assert runs[0].data.tags["prefect.flow_run_id"]
+
+
+def test_a_version_that_is_not_there_is_told_before_anything_is_measured(swept, experiment):
+    state: State = evaluate(experiment, version="99", return_state=True)
+    with pytest.raises(UserError, match="tiny-flows/99: no such registered prompt"):
+        state.result()
+    assert "evaluate_baselines" not in states(state)
+
+
+def test_the_link_to_a_run_shows_no_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example/at/")
+    assert run_link("3", "abc") == "https://mlflow.example/at/#/experiments/3/runs/abc"
 
 
 def test_new_weights_at_the_same_place_are_measured_anew(tmp_path):
@@ -219,12 +243,83 @@ def test_a_step_that_fails_after_the_version_is_made_is_tried_again_without_anot
     assert mlflow_statuses(retried) == {"FINISHED"}
 
 
+def test_a_step_that_fails_after_the_table_is_made_is_tried_again_without_doubling_it(tmp_path, monkeypatch):
+    real, calls = Tracker.log_winner, []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError("the server is away")
+        return real(*args)
+
+    monkeypatch.setattr(Tracker, "log_winner", fail_once)
+    retried = tiny_experiment(tmp_path, name="tiny-table", budget={"trials": 1})
+    systems = tune(retried).systems
+    client = MlflowClient(tracking_uri())
+    (parent,) = client.search_runs([Tracker(retried).experiment_id], "tags.`softprompt.winner` IS NULL")
+    with registry._fluent():  # it searches with MLflow's fluent functions
+        table = client.load_table(parent.info.experiment_id, "evaluation.json", [parent.info.run_id])
+    assert list(table["system"]) == list(systems)
+    assert list(table["accuracy"]) == pytest.approx([m.accuracy for m in systems.values()])
+    assert json.loads(parent.data.tags["mlflow.loggedArtifacts"]) == [{"path": "evaluation.json", "type": "table"}]
+
+
+def test_an_evaluation_that_is_tried_again_leaves_its_first_run_closed(swept, experiment, monkeypatch):
+    real, calls = Tracker.log_evaluation, []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError("the server is away")
+        return real(*args)
+
+    monkeypatch.setattr(Tracker, "log_evaluation", fail_once)
+    state: State = evaluate(experiment, return_state=True)
+    runs = MlflowClient(tracking_uri()).search_runs(
+        [Tracker(experiment).experiment_id], f"tags.`prefect.flow_run_id` = '{state.state_details.flow_run_id}'"
+    )
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED"]
+
+
 def test_tune_trains_the_first_start_and_registers_nothing(experiment, tmp_path):
     single = tiny_experiment(tmp_path, name="tiny-single")
     evaluation = tune(single)
     assert (evaluation.trial, evaluation.title) == (0, "trial 0: labels · P=4 · lr 0.1")
     assert champion_version("tiny-single") is None
     assert mlflow_statuses(single) == {"FINISHED"}
+
+
+def with_text_in_braces(folder: Path, name: str) -> ExperimentSpec:
+    """An experiment whose one trial is named for a text with braces."""
+    text = "{text} is {trial.title}?"
+    space = {"length": 2, "learning_rate": 0.1, "initialization": [{"kind": "text", "text": text}]}
+    pruner = {"kind": "none", "every": 6}
+    return tiny_experiment(folder, name=name, search=space | {"pruner": pruner}, budget={"trials": 1})
+
+
+def test_braces_in_a_text_are_text_on_the_page_of_the_run(tmp_path):
+    state: State = tune(with_text_in_braces(tmp_path, "tiny-braces"), return_state=True)
+    assert state.result().title == "trial 0: text · P=2 · lr 0.1 · text {text} is {trial.title}?"
+    assert [run for run in task_runs(state) if run.name.startswith(f"{state.result().title}: finished")]
+
+
+def test_a_page_that_cannot_be_written_ends_no_search(tmp_path, monkeypatch):
+    real, calls = create_table_artifact, []
+
+    def fail_once(**artifact):
+        calls.append(artifact)
+        if len(calls) == 1:
+            raise OSError("the server is away")
+        return real(**artifact)
+
+    def refuse(*_):
+        raise OSError("the server is away")
+
+    monkeypatch.setattr("tasks.tune.create_table_artifact", fail_once)
+    monkeypatch.setattr("tasks.tune.record_trial", refuse)
+    state: State = tune(tiny_experiment(tmp_path, name="tiny-unseen"), return_state=True)
+    assert state.result().trial == 0
+    assert "trials" in artifacts(state)
 
 
 def test_a_mistake_is_not_tried_again_and_leaves_nothing_behind(experiment, tmp_path):

@@ -55,6 +55,26 @@ def test_a_cap_leaves_the_other_splits_alone(tmp_path: Path) -> None:
     assert capped == whole | {"train": whole["train"][:8]}
 
 
+@pytest.mark.parametrize("more", [1, 7, 200])
+def test_rows_that_were_trained_on_never_come_into_the_test_split_of_grown_data(more: int, tmp_path: Path) -> None:
+    """Wherever in the file the new rows stand."""
+    old, new = rows(40), rows(more, "new")
+    before = prepare(experiment({"path": write(tmp_path / "a.jsonl", old)}), tmp_path)
+    after = prepare(experiment({"path": write(tmp_path / "b.jsonl", new[1::2] + old + new[::2])}), tmp_path)
+    was, now = ({row: s for s, rows in read(p).items() for row in rows} for p in (before, after))
+    order = ("test", "validation", "train")
+    assert all(order.index(now[row]) >= order.index(split) for row, split in was.items())
+    assert after.test_bound is not None
+    assert before.test_bound is not None
+    assert after.test_bound <= before.test_bound
+
+
+def test_splits_do_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
+    one = prepare(experiment({"path": write(tmp_path / "a.jsonl", rows(20))}), tmp_path)
+    other = prepare(experiment({"path": write(tmp_path / "b.jsonl", rows(20)[::-1])}), tmp_path)
+    assert one.digest == other.digest
+
+
 def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     odd: list[tuple[object, object]] = [
         ("text 1", "good"),  # again
@@ -89,6 +109,7 @@ def test_named_splits_keep_their_rows_but_for_overlap_and_conflict(tmp_path: Pat
     prepared = prepare(experiment(data), tmp_path)
     splits = read(prepared)
     assert splits["test"] == twice
+    assert prepared.test_bound is None
     assert splits["validation"] == rows(4, "validation")
     assert Counter(splits["train"]) == Counter(rows(6, "train") * 2)
     assert prepared.left_out == {"conflicting labels": 2, "stands in two splits": 4}
@@ -210,4 +231,4 @@ def test_the_default_data_is_what_the_scores_were_measured_on(tmp_path: Path) ->
     prepared = prepare(load_experiment(DEFAULT), tmp_path)
     assert prepared.sizes == {"train": 8470, "validation": 400, "test": 1200}
     assert prepared.left_out == {"no label": 533, "duplicate": 2}
-    assert prepared.digest == "4dbb46e9c213f752130e39bea9002f009c919f2f14a824f7366f1532555113cd"
+    assert prepared.digest == "eac48d8fc8d310df1c601cfa4c85ee38a287256a7673c8cd1154febd7006bc13"

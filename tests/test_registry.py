@@ -91,6 +91,15 @@ def test_the_first_version_becomes_champion_an_equal_one_waits_and_a_better_one_
     assert stored.description == equal.reason
 
 
+def test_where_the_alias_was_taken_away_the_next_version_is_not_called_the_first(enter):
+    name = next(_names)
+    decide(name, enter(name), right(7), None)
+    MlflowClient(tracking_uri()).delete_registered_model_alias(name, CHAMPION)
+    decision = decide(name, enter(name), right(6), None)
+    assert (decision.version, decision.promoted) == (2, True)
+    assert decision.reason == "there is no champion at present, with 60.0% on 10 test rows"
+
+
 def test_a_champion_that_cannot_be_measured_keeps_the_alias(enter):
     name = next(_names)
     decide(name, enter(name), right(1), None)

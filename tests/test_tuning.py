@@ -70,6 +70,7 @@ def test_the_prompt_says_where_it_comes_from(bench: Workbench, tmp_path: Path) -
     assert prompt.provenance["experiment"] == "tiny-sentiment"
     assert prompt.provenance["fingerprint"] == bench.experiment.fingerprint
     assert prompt.provenance["dataset"]["digest"] == bench.data.digest
+    assert prompt.provenance["dataset"]["test_bound"] == bench.data.test_bound
     assert prompt.provenance["params"] == PARAMS
     assert prompt.provenance["trial"] == 2
     assert set(prompt.provenance["versions"]) == {"python", "softprompt", "torch", "transformers"}
@@ -113,6 +114,7 @@ def test_progress_says_how_far_it_is(bench: Workbench) -> None:
             {"initialization": "text", "text.text": "Is this film good or is it bad?"},
             "text · P=4 · lr 0.1 · text Is this film good or is…",
         ),
+        ({"initialization": "text", "text.text": "Good\n or\tbad?\n"}, "text · P=4 · lr 0.1 · text Good or bad?"),
     ],
 )
 def test_a_trial_in_words(own: dict[str, Any], words: str) -> None:

@@ -74,11 +74,12 @@ def test_three_pages_answer_over_an_empty_state_and_end_with_the_command(served)
     assert answers(f"http://127.0.0.1:{optuna}/api/studies")
     with urllib.request.urlopen(f"http://127.0.0.1:{prefect}/ui-settings", timeout=20) as settings:
         assert f"http://127.0.0.1:{prefect}/api".encode() in settings.read()
-    assert (home / "prefect-api-url").read_text() == f"http://127.0.0.1:{prefect}/api"
+    assert (home / "prefect-api-url").read_text().split()[0] == f"http://127.0.0.1:{prefect}/api"
     assert (home / "prefect" / "prefect.db").is_file()
 
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3
+    assert not [c for c in children if "optuna.db" in " ".join(c.cmdline())]  # nor the password of another storage
     assert {c.laddr.ip for child in children for c in child.net_connections() if c.status == "LISTEN"} == {"127.0.0.1"}
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -144,7 +145,7 @@ def test_state_that_is_served_is_not_served_twice(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path))
     with HTTPServer(("127.0.0.1", 0), Healthy) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        served_note().write_text(f"http://127.0.0.1:{server.server_port}/api")
+        served_note().write_text(f"http://127.0.0.1:{server.server_port}/api {os.getpid()}")
         with pytest.raises(UserError, match="served already"):
             serve_pages()
         server.shutdown()

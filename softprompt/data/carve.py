@@ -2,13 +2,17 @@
 
 A split that the data names stays as it is, but for rows whose inputs stand there with different labels. Splits that
 the data does not name are carved from the training rows, after duplicates were dropped.
+
+The place of a row in the order of carving follows from the seed and from its own inputs alone, and test comes before
+validation before train. So a row that is added can push others from test to validation to train, and never the other
+way: what was once trained on does not come into a later test split. Only a row that falls away lets others move up;
+whether that has happened, the last place of the test split tells (`carving_rank`).
 """
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
-
-import numpy as np
 
 from softprompt.errors import UserError
 from softprompt.spec import ExperimentSpec
@@ -52,6 +56,11 @@ def divide(pools: Splits, experiment: ExperimentSpec, left_out: Counter[str]) ->
     return splits
 
 
+def carving_rank(example: Example, seed: int) -> str:
+    """The place of a row in the order of carving, whatever other rows there are; as text, it sorts."""
+    return hashlib.sha256(json.dumps([seed, *example.inputs]).encode()).hexdigest()
+
+
 def _without_conflicts(examples: list[Example], left_out: Counter[str]) -> list[Example]:
     labels: dict[tuple[str, ...], set[str]] = {}
     for example in examples:
@@ -79,7 +88,7 @@ def _without_overlap(pools: Splits, left_out: Counter[str]) -> Splits:
 
 
 def _carve(pools: Splits, experiment: ExperimentSpec, left_out: Counter[str]) -> Splits:
-    """Split what is not there from a seeded permutation of the training rows: test first, then validation."""
+    """Split what is not there from the training rows in the order of carving: test first, then validation."""
     asked = {s: getattr(experiment.splits, s) for s in ("test", "validation") if s not in pools}
     pool = pools["train"]
     needed = sum(asked.values()) + len(experiment.labels.words)
@@ -89,8 +98,7 @@ def _carve(pools: Splits, experiment: ExperimentSpec, left_out: Counter[str]) ->
             f"{asks} cannot be carved: with a training row for each label that takes {needed} rows, and "
             f"{len(pool)} are available; ask for fewer rows (left out: {_tell(left_out)})"
         )
-    order: Iterable[int] = np.random.default_rng(experiment.seed).permutation(len(pool)).tolist()
-    shuffled = [pool[n] for n in order]
+    shuffled = sorted(pool, key=lambda example: carving_rank(example, experiment.seed))
     splits = {s: e for s, e in pools.items() if s != "train"}
     for split, size in asked.items():
         splits[split], shuffled = shuffled[:size], shuffled[size:]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from softprompt.data.carve import Example, Splits, divide
+from softprompt.data.carve import Example, Splits, carving_rank, divide
 from softprompt.data.rows import Placed, read_file, read_hub, read_package, require_readable
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
-_LAYOUT = 1
+_LAYOUT = 2
 """Part of the key: raised whenever the same data would be prepared into other bytes."""
 
 
@@ -50,6 +50,8 @@ class PreparedData:
     """For each split, the rows of each label."""
     left_out: dict[str, int]
     """Rows left out, by reason."""
+    test_bound: str | None
+    """The last place of a test row in the order of carving; None where the data names its test split."""
 
     def split(self, name: str) -> "Dataset":
         """One split: every template field, and `label`, as columns of strings."""
@@ -88,6 +90,7 @@ def prepare(experiment: ExperimentSpec, cache: Path) -> PreparedData:
         sizes={name: len(splits[name]) for name in SPLITS},
         labels={name: _count_labels(splits[name], experiment.labels.words) for name in SPLITS},
         left_out=dict(left_out),
+        test_bound=None if "test" in pools else max(carving_rank(e, experiment.seed) for e in splits["test"]),
     )
     return _store(prepared, experiment.fields, splits)
 

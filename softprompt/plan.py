@@ -10,8 +10,8 @@ from math import ceil
 
 import torch
 
-from softprompt.composition import collate
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
+from softprompt.training import forward
 from softprompt.workbench import Workbench
 
 
@@ -127,10 +127,9 @@ def _time_step(bench: Workbench, slots: int) -> float:
     size = bench.experiment.training.batch_size
     drawn = random.Random(0).choices(bench.examples, k=slots * size)
     owners = [n // size for n in range(len(drawn))]
-    batch = collate(drawn, owners, pad=backbone.pad, device=backbone.device)
 
     def run() -> None:
-        backbone.composition(backbone.model, prompts, batch).float().logsumexp(1).sum().backward()
+        forward(backbone, prompts, drawn, owners)[0].float().logsumexp(1).sum().backward()
 
     return _time(run, backbone.device)
 

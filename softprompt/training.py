@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate, lift
+from softprompt.composition import Batch, Example, collate, lift
 
 _WINDOW = 64
 """Batches whose examples are sorted by length together: long enough for full batches of like length."""
@@ -120,10 +120,7 @@ def step(backbone: Backbone, slots: Sequence[Slot]) -> Tensor:
     """
     batches = [slot.next_examples() for slot in slots]
     owner = [k for k, batch in enumerate(batches) for _ in batch]
-    common, examples = lift([e for batch in batches for e in batch])
-    batch = collate(examples, owner, pad=backbone.pad, device=backbone.device)
-    opening = backbone.embed(common)
-    logits = backbone.composition(backbone.model, [torch.cat([slot.prompt, opening]) for slot in slots], batch)
+    logits, batch = forward(backbone, [slot.prompt for slot in slots], [e for batch in batches for e in batch], owner)
     tokens = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
     losses = _mean_by_owner(tokens, batch.owner[batch.rows], len(slots))
     losses.sum().backward()
@@ -133,6 +130,16 @@ def step(backbone: Backbone, slots: Sequence[Slot]) -> Tensor:
         else:
             slot.prompt.grad = None
     return losses.detach()
+
+
+def forward(
+    backbone: Backbone, prompts: Sequence[Tensor], examples: Sequence[Example], owner: Sequence[int]
+) -> tuple[Tensor, Batch]:
+    """Logits `[M, V]` of N examples at their target tokens, each after its prompt, and where those are."""
+    common, examples = lift(examples)
+    batch = collate(examples, owner, pad=backbone.pad, device=backbone.device)
+    opening = backbone.embed(common)
+    return backbone.composition(backbone.model, [torch.cat([prompt, opening]) for prompt in prompts], batch), batch
 
 
 def _mean_by_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:

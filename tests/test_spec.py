@@ -30,7 +30,7 @@ def refusal(*overrides: str) -> str:
 def test_the_default_experiment_is_valid():
     experiment = load_experiment(DEFAULT)
     assert experiment.fields == ["text"]
-    assert experiment.rungs == [30, 60, 120, 240]
+    assert experiment.rungs == [20, 40, 80, 160]
     assert experiment.labels.words == {"negative": " negative", "positive": " positive"}
 
 
@@ -44,7 +44,7 @@ def test_the_default_experiment_is_valid():
         ("training.steps=0", "training.steps: Input should be greater than or equal to 1, found 0"),
         ("training.steps=many", "training.steps: Input should be a valid integer, unable to parse string"),
         ("training=3", "training: Input should be a valid dictionary or instance of TrainingSpec, found 3"),
-        ("training.warmup_steps=240", "training: warmup_steps < steps must hold, got warmup_steps=240, steps=240"),
+        ("training.warmup_steps=160", "training: warmup_steps < steps must hold, got warmup_steps=160, steps=160"),
         ("seed=-1", "seed: Input should be greater than or equal to 0, found -1"),
         ("budget.minutes=.nan", "budget.minutes: Input should be a finite number, found nan"),
         ("budget={}", "budget: give trials, minutes or both"),

@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, Tree, collate, collate_tree
+from softprompt.composition import Batch, Example, Tree, collate, collate_tree, lift
 
-_ROWS, _TOKENS = 64, 8192
-"""Rows and tokens of a pass at the most: enough to fill two CPU cores, and little enough for long inputs."""
+ROWS = 32
+"""Rows of a pass at the most: what two CPU cores are quickest with; a GPU is not filled yet."""
+_TOKENS = 8192
+"""Tokens of a pass at the most."""
+_MANY = 64
+"""Rows of a call from which on it pays to compute what they all begin with once."""
 _PLACES = 512
 """Places of a pass at the most for which there are logits over the whole vocabulary."""
 
@@ -59,19 +63,38 @@ class Classifier:
         self._trie = _Trie(self._labels, backbone.device)
         self._whole = backbone.branches or not self._trie.size
         """Whether all labels are scored in one pass."""
-        with torch.inference_mode():
-            self._states = backbone.composition.keep(backbone.model, [prompt.detach().to(backbone.device)])
+        self._prompt = prompt.detach().to(backbone.device)
+        self._opening: tuple[int, ...] | None = None
+        """The tokens behind the prompt whose states are kept with it."""
+        self._keep(())
 
     @torch.inference_mode()
     def score(self, inputs: Sequence[Sequence[int]]) -> Scores:
         """Scores of N inputs, given as token ids; the order of the rows is kept."""
         log_probabilities = np.empty((len(inputs), len(self._labels)), np.float32)
         legal = np.empty(len(inputs), bool)
-        for rows in _by_length(inputs, self._trie.size if self._whole else 0):
-            part, spells = self._score_batch([tuple(inputs[i]) for i in rows])
+        rest = self._lift([tuple(row) for row in inputs])
+        for rows in _by_length(rest, self._trie.size if self._whole else 0):
+            part, spells = self._score_batch([rest[i] for i in rows])
             log_probabilities[rows] = part.float().cpu().numpy()
             legal[rows] = spells.any(1).cpu().numpy()
         return Scores(log_probabilities, legal)
+
+    def _lift(self, inputs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The inputs without what they all begin with, where there are enough of them to keep the states of that."""
+        if len(inputs) < _MANY:
+            self._keep(())
+            return inputs
+        opening, rest = lift([Example(row, ()) for row in inputs])
+        self._keep(opening)
+        return [e.inputs for e in rest]
+
+    @torch.inference_mode()
+    def _keep(self, opening: tuple[int, ...]) -> None:
+        if opening != self._opening:
+            prefix = torch.cat([self._prompt, self._backbone.embed(opening)])
+            self._opening = opening
+            self._states = self._backbone.composition.keep(self._backbone.model, [prefix])
 
     def _score_batch(self, inputs: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """`[N, C]` log-probabilities, and whether each label is what the model itself would say."""
@@ -125,7 +148,7 @@ class _Trie:
 
 def _by_length(inputs: Sequence[Sequence[int]], branches: int = 0) -> Iterator[list[int]]:
     """The rows in passes of like length; each row carries as many tokens more as there are branches."""
-    most = max(1, min(_ROWS, _PLACES // (1 + branches)))
+    most = max(1, min(ROWS, _PLACES // (1 + branches)))
     rows: list[int] = []
     for row in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
         if rows and (len(rows) == most or (len(rows) + 1) * (len(inputs[row]) + branches) > _TOKENS):

@@ -87,11 +87,23 @@ def test_scoring_twice_gives_the_same() -> None:
     assert np.array_equal(classifier.score(inputs).log_probabilities, classifier.score(inputs).log_probabilities)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mamba"])
+def test_what_all_rows_begin_with_is_read_once(kind: str) -> None:
+    opening, inputs = tuple(range(5, 45)), draw_inputs(80)
+    classifier, read = Classifier(backbone(kind), draw_prompt(4), SHARING), []
+    handle = backbone(kind).model.get_input_embeddings().register_forward_hook(lambda *s: read.append(s[1][0].shape))
+    scores = classifier.score([(*opening, *row) for row in inputs])
+    handle.remove()
+    assert max(shape[-1] for shape in read) <= 40
+    one_by_one = [classifier.score([(*opening, *row)]).log_probabilities[0] for row in inputs[:5]]
+    np.testing.assert_allclose(scores.log_probabilities[:5], one_by_one, rtol=1e-4, atol=1e-4)
+
+
 def test_passes_are_bounded_in_rows_and_in_tokens() -> None:
     lengths = [5000, *[3] * 130, 9000, 4000, 4096, 4096]
     passes = list(_by_length([range(length) for length in lengths]))
     assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
-    assert [len(rows) for rows in passes] == [64, 64, 2, 2, 1, 1, 1]
+    assert [len(rows) for rows in passes] == [32, 32, 32, 32, 2, 2, 1, 1, 1]
 
 
 def test_no_rows_have_no_scores() -> None:

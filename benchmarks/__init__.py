@@ -1,0 +1,1 @@
+"""Side-by-side measurements against the peers. Nothing of the product imports from here."""

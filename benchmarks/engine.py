@@ -2,7 +2,8 @@
 
 Both sides take turns in one process, on the same rows in the same batches, with the same frozen bfloat16 weights, AdamW
 and clipping; what counts is the ratio within a round. Batches are of like length and padded on the right for both. The
-peer's model is loaded as transformers loads it by default (fused attention). Rounds begin with steps that are not counted.
+peer's model is loaded as transformers loads it by default, with fused attention. Rounds begin with steps that are not
+counted.
 
     make bench            all of it, and the figure of the docs
     make bench QUICK=1    a short pass of the same, kept apart
@@ -50,7 +51,7 @@ class Measured:
         self.backbone = self.bench.backbone
         self.labels = list(self.bench.labels.values())
         folder = locate(self.bench.experiment.model, cache_home())
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
+        peer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
         self.peer = peer.to(self.backbone.device).eval()
 
     def prompt(self, length: int) -> Tensor:

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 _GREY, _BLUE = "#8c8c8c", "#0072b2"  # apart for every kind of colour vision
 _TITLES = {"train_p20": "training, P=20", "train_p100": "training, P=100", "infer_p100": "inference, P=100"}
-_AXES = {"P": "prompt length P", "B": "batch size B (P=20)", "K": "prompts side by side K (P=20, B=16 each)"}
+_AXES = {"P": "prompt length P", "B": "batch size B (P=20)", "K": "prompts at once K (P=20, B=16)"}
 
 
 def draw(record: dict[str, Any]) -> Figure:
@@ -18,7 +18,7 @@ def draw(record: dict[str, Any]) -> Figure:
         axes = figure.add_subplot(grid[1, place])
         axes.plot(range(len(values)), list(values.values()), color=_BLUE, marker="o")
         axes.set_xticks(range(len(values)), list(values))
-        axes.set_ylim(0, 1.15 * max(values.values()))
+        axes.set_ylim(0, 1.15 * max(max(each.values()) for each in record["growth"].values()))
         axes.set_xlabel(_AXES[name])
         axes.set_ylabel("training examples/s" if place == 0 else "")
         axes.spines[["top", "right"]].set_visible(False)
@@ -37,6 +37,6 @@ def _draw_bars(axes: Any, results: dict[str, Any]) -> None:
     axes.set_yticks(range(len(results)), [_TITLES[key] for key in results])
     axes.invert_yaxis()
     axes.set_xlabel("examples/s")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)

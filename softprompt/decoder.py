@@ -1,8 +1,8 @@
 """Shared prefix for gated decoders, their layers written out: the same numbers with less work around the matrices.
 
-Most open decoders are built alike: RMS norm, rotary positions, grouped queries, a gated MLP. On a CPU, half of the time
-of their own forward and backward pass goes into casts, copies and sums between the matrix products. Here a norm and
-a rotation are one operation each, with their derivative written by hand, keys and values are never repeated for the
+Most open decoders are built alike: RMS norm, rotary positions, grouped queries, a gated MLP. On a CPU, more than a
+third of their own forward and backward pass goes into casts, copies and sums between the matrix products. Here a norm
+and a rotation are one operation each, with their derivative written by hand, keys and values are never repeated for the
 queries of a group, and the last layer asks for nothing before the first predicting place.
 
     G groups of queries, one head of keys and values each   R queries of a group   D width of a head

@@ -16,10 +16,10 @@ from softprompt.encoder_decoder import start_token
 
 UNABLE = (AssertionError, AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 """What models raise that are asked for what they cannot do."""
-# Largest deviation that is rounding, relative to what the prompts change.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
+"""Largest deviation that is rounding, relative to what the prompts change."""
 _TARGET = 4
 """Tokens of each row's target."""
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 
 class Probe:
@@ -93,7 +93,8 @@ class Probe:
         return composition(self.model, prompts, batch).float()
 
     def _distance(self, expected: Tensor, found: Tensor) -> float:
-        return float((found - expected).norm() / (self._without - self._plain).norm())
+        """The difference of two logits, relative to what the prompts change, both as root mean squares."""
+        return float(((found - expected).square().mean() / (self._without - self._plain).square().mean()).sqrt())
 
     def _ahead(self) -> float:
         """The first places of the rows, after which other tokens stand."""
@@ -115,7 +116,6 @@ class Probe:
         return self._distance(self._without[_TARGET : 2 * _TARGET], found)
 
     def _in_company(self) -> float:
-        """Every row by itself, with no other beside it and no padding."""
-        pairs = zip(self._examples, self._owner, strict=True)
-        alone = [self._run(self.formula, [self._prompts[k]], self._lay_out([example])) for example, k in pairs]
-        return self._distance(self._plain, torch.cat(alone))
+        """The shortest row, after the shorter prompt, against itself with no other beside it and no padding."""
+        alone = self._run(self.formula, self._prompts[:1], self._lay_out(self._examples[:1]))
+        return self._distance(self._plain[:_TARGET], alone)

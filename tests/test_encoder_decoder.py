@@ -59,7 +59,7 @@ def test_the_prompt_stands_before_the_encoders_input_and_the_target_is_decoded(k
 @pytest.mark.parametrize("length", [0, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_a_plain_loop(kind: str, length: int, labels: list[tuple[int, ...]]) -> None:
-    prompt, inputs = draw_prompt(length), draw_inputs(70)
+    prompt, inputs = draw_prompt(length), draw_inputs(36)
     scores = Classifier(backbone(kind), prompt, labels).score(inputs)
     with torch.inference_mode():
         for n, row in enumerate(inputs):

@@ -53,9 +53,10 @@ def measure_prompt(bench: Workbench, prompt: SoftPrompt) -> Metrics:
             f"the prompt reads the column {min(missing)!r}, which the experiment's template does not name; "
             "evaluate it on an experiment with its own columns"
         )
-    tokens = encode_labels(prompt.words, bench.backbone.tokenizer)
-    split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens)
-    classifier = Classifier(bench.backbone, prompt.vectors, [tokens[label] for label in bench.labels])
+    backbone = bench.backbone.placed(prompt.position)
+    tokens = encode_labels(prompt.words, backbone.tokenizer, apart=backbone.is_encoder_decoder)
+    split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens, position=prompt.position)
+    classifier = Classifier(backbone, prompt.vectors, [tokens[label] for label in bench.labels])
     return measure_scores(split.gold, classifier.score(split.inputs))
 
 

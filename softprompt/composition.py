@@ -6,15 +6,18 @@
 Every composition computes the same logits. `concatenate` is the formula as written. `shared_prefix` computes the
 states at a prompt's positions once per prompt: in a causal model they depend on nothing after them, so every example
 attends to the same keys and values. Which one a model allows is decided by a number (`Backbone.composition`), never
-by its name.
+by its name. Encoder-decoder models have a composition of their own, in `encoder_decoder`.
 
-Rows are padded on the right, where a causal model never looks; prompts of different length on the left, masked.
-Nothing here chooses data, trains or scores.
+A batch is padded on the right, where a causal model never looks, and the formula joins prompt and tokens without a
+gap. The shared states of prompts of different length are padded on the left, masked. Nothing here chooses data, trains
+or scores.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -40,6 +43,8 @@ class Batch:
     """`[N, T]` input and target but its last token, padded on the right."""
     lengths: Tensor
     """`[N]` tokens of each row that are no padding."""
+    ends: Tensor
+    """`[N]` those of them that are the row's input; what follows is of its target."""
     owner: Tensor
     """`[N]` index of the row's prompt among the K."""
     rows: Tensor
@@ -87,6 +92,27 @@ class Tree:
     ancestors: Tensor
     """`[S, S]` whether the second stands on the branch of the first, or is it."""
 
+    @property
+    def paths(self) -> "Paths":
+        """The branches from the input to their last tokens."""
+        on = self.ancestors[self.ancestors.sum(0) == 1]
+        tokens = self.tokens.new_zeros(len(on), int(self.depths.max()) + 1)
+        path, node = on.nonzero(as_tuple=True)
+        tokens[path, self.depths[node]] = self.tokens[node]
+        return Paths(tokens, on.sum(1), on.int().argmax(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """A tree as lines: each of its J paths from the input to a last token."""
+
+    tokens: Tensor
+    """`[J, D]` token ids, padded on the right."""
+    lengths: Tensor
+    """`[J]` tokens of each path."""
+    holds: Tensor
+    """`[S]` a path on which each token of the tree stands."""
+
 
 def lift(examples: Sequence[Example]) -> tuple[tuple[int, ...], list[Example]]:
     """The tokens that all inputs begin with, and the examples without them.
@@ -108,11 +134,11 @@ def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, devi
     laid_out = (
         torch.tensor([line + [pad] * (longest - len(line)) for line in lines]),
         torch.tensor([len(line) for line in lines]),
+        torch.tensor([len(e.inputs) for e in examples]),
         torch.tensor(owner),
         *torch.tensor(places, dtype=torch.long).T,
     )
-    tokens, lengths, owners, rows, columns, targets = (part.to(device, non_blocking=True) for part in laid_out)
-    return Batch(tokens, lengths, owners, rows, columns, targets)
+    return Batch(*(part.to(device, non_blocking=True) for part in laid_out))
 
 
 def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> Batch:
@@ -129,7 +155,29 @@ def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> 
     nodes = torch.arange(width, width + size, device=device).expand(len(inputs), -1)
     columns = torch.cat([line.columns[:, None], nodes], dim=1).flatten()
     rows = line.rows.repeat_interleave(1 + size)
-    return Batch(tokens, line.lengths, line.owner, rows, columns, tokens[rows, columns], tree)
+    return Batch(tokens, line.lengths, line.ends, line.owner, rows, columns, tokens[rows, columns], tree)
+
+
+def unfold(batch: Batch) -> Batch:
+    """The same places on lines: each input once for every path of the batch's tree, N·J rows."""
+    assert batch.tree is not None
+    tree, paths = batch.tree, batch.tree.paths
+    width, count = batch.tokens.shape[1] - len(tree.depths), len(paths.tokens)
+    tokens = nn.functional.pad(batch.tokens[:, :width], (0, paths.tokens.shape[1])).repeat_interleave(count, dim=0)
+    ends = batch.ends.repeat_interleave(count)
+    behind = ends[:, None] + torch.arange(paths.tokens.shape[1], device=ends.device)
+    tokens.scatter_(1, behind, paths.tokens.repeat(len(batch.lengths), 1))
+    node = (batch.columns - width).clamp(min=0)
+    inside = batch.columns >= width
+    return Batch(
+        tokens,
+        ends + paths.lengths.repeat(len(batch.lengths)),
+        ends,
+        batch.owner.repeat_interleave(count),
+        batch.rows * count + torch.where(inside, paths.holds[node], 0),
+        torch.where(inside, batch.ends[batch.rows] + tree.depths[node], batch.columns),
+        batch.targets,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,21 +199,43 @@ class Composition(Generic[States]):
         return self.attend(model, self.keep(model, prompts), batch)
 
 
-def _concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
-    """The formula as written: every row carries its own copy of its prompt.
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """N rows of vectors, each its prompt and its tokens without a gap between them."""
 
-    A prompt shorter than the longest is padded on its left, so that prompt and tokens stay joined.
+    embeds: Tensor
+    """`[N, P+T, H]`; the vectors of padding are any."""
+    mask: Tensor
+    """`[N, P+T]` ones and zeros."""
+    first: Tensor
+    """`[N]` column of each row's first token."""
+
+
+def join(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch, lengths: Tensor, *, left: bool) -> Joined:
+    """Every row with its own copy of its prompt before the first of its tokens, `lengths` `[N]` of them.
+
+    All padding is at one end, so that a model which counts columns counts what is there.
     """
-    prefix, mask = pad_left(prompts, model)
-    width = prefix.shape[1]
+    prefix, shown = pad_left(prompts, model)
     embeds = torch.cat([prefix[batch.owner], model.get_input_embeddings()(batch.tokens)], dim=1)
-    tokens = torch.arange(batch.tokens.shape[1], device=mask.device) < batch.lengths[:, None]
-    mask = torch.cat([mask[batch.owner], tokens.to(mask.dtype)], dim=1)
-    keep, place = torch.unique(batch.columns + width, return_inverse=True)
+    width, sizes = embeds.shape[1], shown.sum(1)[batch.owner]
+    start = width - sizes - lengths if left else torch.zeros_like(sizes)
+    columns = torch.arange(width, device=embeds.device) - start[:, None]
+    source = (columns + (prefix.shape[1] - sizes)[:, None]) % width
+    mask = (columns >= 0) & (columns < (sizes + lengths)[:, None])
+    return Joined(embeds.gather(1, source[..., None].expand_as(embeds)), mask.long(), start + sizes)
+
+
+def _concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch, *, left: bool = False) -> Tensor:
+    """The formula as written: every row carries its own copy of its prompt, and every path of a tree is a row."""
+    if batch.tree is not None:
+        batch = unfold(batch)
+    joined = join(model, prompts, batch, batch.lengths, left=left)
+    keep, place = torch.unique(joined.first[batch.rows] + batch.columns, return_inverse=True)
     logits: Tensor = model(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=positions(mask),
+        inputs_embeds=joined.embeds,
+        attention_mask=joined.mask,
+        position_ids=positions(joined.mask),
         use_cache=False,
         logits_to_keep=keep,
     ).logits
@@ -173,6 +243,9 @@ def _concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch
 
 
 concatenate = Composition("concatenation", lambda model, prompts: prompts, _concatenate)
+concatenate_left = Composition(
+    "concatenation, padded on the left", lambda model, prompts: prompts, partial(_concatenate, left=True)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +276,15 @@ def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixS
 def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:
     """Logits `[M, V]` of the batch's rows, each after the states of the prompt that owns it."""
     mask = states.mask[batch.owner]
+    if batch.tree is not None and mask.shape[1] + batch.tokens.shape[1] > _window(model):
+        batch = unfold(batch)
+        mask = states.mask[batch.owner]
     keep, place = torch.unique(batch.columns, return_inverse=True)
     logits: Tensor = model(
         input_ids=batch.tokens,
         attention_mask=_mask(model, mask, batch),
         position_ids=mask.sum(1, keepdim=True) + batch.places,
-        past_key_values=_rows_of(states.cache, batch.owner),
+        past_key_values=states.cache and select_rows(states.cache, batch.owner),
         use_cache=states.cache is not None,
         logits_to_keep=keep,
     ).logits
@@ -229,15 +305,20 @@ def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch) -> Tensor | None
     return torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, least)
 
 
-def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:
-    if cache is None:
-        return None
-    rows = copy.copy(cache)
-    rows.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in rows.layers:
+def _window(model: PreTrainedModel) -> float:
+    """How far back a token sees: a mask of our own would put the model's own window out of force."""
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    return min(getattr(model.config, name, None) or math.inf for name in names)
+
+
+def select_rows(cache: Cache, rows: Tensor) -> Cache:
+    """A cache of the given rows, in their order; the one given stays as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in selected.layers:
         # A layer that keeps no keys and values has no such method: the self-check takes that for an answer.
-        layer.batch_select_indices(owner)  # type: ignore[union-attr]
-    return rows
+        layer.batch_select_indices(rows)  # type: ignore[union-attr]
+    return selected
 
 
 def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:

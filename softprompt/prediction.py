@@ -31,9 +31,9 @@ class Predictor:
         self.prompt = prompt
         self.fields = self.fields_of(prompt)
         """The columns that a row must have."""
-        self._backbone = backbone
-        labels = encode_labels(prompt.words, backbone.tokenizer)
-        self._classifier = Classifier(backbone, prompt.vectors, list(labels.values()))
+        self._backbone = backbone.placed(prompt.position)
+        labels = encode_labels(prompt.words, backbone.tokenizer, apart=backbone.is_encoder_decoder)
+        self._classifier = Classifier(self._backbone, prompt.vectors, list(labels.values()))
 
     @staticmethod
     def fields_of(prompt: SoftPrompt) -> list[str]:
@@ -57,6 +57,8 @@ class Predictor:
             fields=self.fields,
             tokenizer=self._backbone.tokenizer,
             max_tokens=self.prompt.max_tokens,
+            apart=self._backbone.is_encoder_decoder,
+            before=self._backbone.before,
         )
         probabilities = self._classifier.score(encoded.inputs).probabilities
         names = list(self.prompt.words)

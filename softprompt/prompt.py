@@ -33,6 +33,8 @@ _FIELDS: dict[str, type] = {
     "template": str,
     "words": dict,
     "max_tokens": int,
+    "position": str,
+    "encoder_decoder": bool,
     "weights_sha256": str,
     "tokenizer_sha256": str,
     "base": dict,
@@ -40,7 +42,7 @@ _FIELDS: dict[str, type] = {
     "provenance": dict,
 }
 """What `softprompt.json` holds."""
-_PRECISIONS = ("bfloat16", "float32")
+_CHOICES = {"precision": ("bfloat16", "float32"), "position": ("start", "after_bos")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,10 @@ class SoftPrompt:
     """For each label the text that the model continues with."""
     max_tokens: int
     """Longest input in tokens; longer ones have their longest field cut."""
+    position: str = "start"
+    """Where the vectors stand: at the `start`, before all tokens, or `after_bos`."""
+    encoder_decoder: bool = False
+    """Whether they stand before the input of an encoder, or of a decoder-only model."""
     weights_sha256: str
     """Hash of the frozen weights that the vectors belong to."""
     tokenizer_sha256: str
@@ -113,8 +119,10 @@ class SoftPrompt:
 
     def _write(self, draft: Path) -> None:
         tensors = draft / "adapter_model.safetensors"
-        save_file({_TENSOR: self.vectors.float().contiguous()}, tensors, metadata={"format": "pt"})
-        _write_json(draft / "adapter_config.json", self._peft_config())
+        stored = self.vectors.float().repeat(_copies(self.encoder_decoder), 1)
+        save_file({_TENSOR: stored}, tensors, metadata={"format": "pt"})
+        if self.position == "start":  # PEFT knows no other place, and refuses a folder without its config
+            _write_json(draft / "adapter_config.json", self._peft_config())
         _write_json(draft / "softprompt.json", self._manifest(tensors))
         draft.chmod(0o755)
 
@@ -144,7 +152,7 @@ class SoftPrompt:
                 "fetch the prompt again"
             )
         known = {name: manifest[name] for name in _FIELDS if name in cls.__dataclass_fields__}
-        return cls(vectors=_read_vectors(tensors, [manifest["length"], manifest["hidden_size"]]), **known)
+        return cls(vectors=_read_vectors(tensors, manifest), **known)
 
     def _manifest(self, tensors: Path) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k != "vectors"}
@@ -159,13 +167,13 @@ class SoftPrompt:
             "inference_mode": True,
             "num_attention_heads": None,
             "num_layers": None,
-            "num_transformer_submodules": 1,
+            "num_transformer_submodules": _copies(self.encoder_decoder),
             "num_virtual_tokens": self.length,
             "peft_type": "PROMPT_TUNING",
             "prompt_tuning_init": "RANDOM",
             "prompt_tuning_init_text": None,
             "revision": self.base.get("revision"),
-            "task_type": "CAUSAL_LM",
+            "task_type": "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM",
             "token_dim": self.vectors.shape[1],
             "tokenizer_kwargs": None,
             "tokenizer_name_or_path": where,
@@ -191,9 +199,10 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
         _require(type(manifest[key]) is kind, folder, key, f"be {kind.__name__}", manifest[key])
     for key in ("length", "hidden_size", "max_tokens"):
         _require(manifest[key] > 0, folder, key, "be positive", manifest[key])
-    words, precision = manifest["words"], manifest["precision"]
+    words = manifest["words"]
     _require(words and all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
-    _require(precision in _PRECISIONS, folder, "precision", f"be one of {', '.join(_PRECISIONS)}", precision)
+    for key, choices in _CHOICES.items():
+        _require(manifest[key] in choices, folder, key, f"be one of {', '.join(choices)}", manifest[key])
     try:
         columns_of(manifest["template"])
     except ValueError as error:
@@ -207,8 +216,15 @@ def _require(holds: bool, folder: Path, key: str, must: str, found: Any) -> None
         )
 
 
-def _read_vectors(file: Path, shape: list[int]) -> Tensor:
-    """The tensor, of which type and shape are verified before it is read, and the numbers then."""
+def _copies(encoder_decoder: bool) -> int:
+    """How often the vectors are stored: PEFT wants as many for a decoder too, and does not use them."""
+    return 2 if encoder_decoder else 1
+
+
+def _read_vectors(file: Path, manifest: dict[str, Any]) -> Tensor:
+    """The vectors; type and shape of what is stored are verified before it is read, and the numbers then."""
+    length, copies = manifest["length"], _copies(manifest["encoder_decoder"])
+    shape = [copies * length, manifest["hidden_size"]]
     try:
         with safe_open(file, framework="pt") as tensors:
             stored = tensors.get_slice(_TENSOR)
@@ -220,7 +236,7 @@ def _read_vectors(file: Path, shape: list[int]) -> Tensor:
         raise UserError(f"{file}: is no safetensors file with a tensor {_TENSOR}: {error}") from None
     if not vectors.isfinite().all():
         raise UserError(f"{file}: {_TENSOR} holds numbers that are not finite; fetch the prompt again")
-    return vectors
+    return vectors[:length]
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

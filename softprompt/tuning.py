@@ -111,6 +111,8 @@ class Tuning:
             template=experiment.template,
             words=dict(experiment.labels.words),
             max_tokens=experiment.training.max_tokens,
+            position=experiment.prompt_position,
+            encoder_decoder=backbone.is_encoder_decoder,
             weights_sha256=backbone.weights_sha256,
             tokenizer_sha256=backbone.tokenizer_sha256,
             base=backbone.reference,

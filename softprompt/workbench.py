@@ -45,18 +45,29 @@ class Workbench:
     ) -> None:
         self.experiment = experiment
         self.data = data or prepare(experiment, cache_home())
-        self.backbone = backbone or load_backbone(
+        backbone = backbone or load_backbone(
             experiment.model, precision=experiment.precision, device=experiment.execution.device
         )
-        self.labels = encode_labels(experiment.labels.words, self.backbone.tokenizer)
-        self._splits: dict[tuple[str, str, int], Split] = {}
+        self.backbone = backbone.placed(experiment.prompt_position)
+        self.labels = encode_labels(
+            experiment.labels.words, self.backbone.tokenizer, apart=self.backbone.is_encoder_decoder
+        )
+        self._splits: dict[tuple[str, str, int, str], Split] = {}
         self._check_positions()
         for name in SPLITS:  # a mistake in template or rows is told before there is a study or a run
             self.split(name)
 
-    def split(self, name: str, *, template: str | None = None, max_tokens: int | None = None) -> Split:
-        """The rows of `train`, `validation` or `test`, by the experiment's template and limit or by others."""
-        key = (name, template or self.experiment.template, max_tokens or self.experiment.training.max_tokens)
+    def split(
+        self, name: str, *, template: str | None = None, max_tokens: int | None = None, position: str | None = None
+    ) -> Split:
+        """The rows of `train`, `validation` or `test`, by the experiment's template, limit and place or by others."""
+        own = self.experiment
+        key = (
+            name,
+            template or own.template,
+            max_tokens or own.training.max_tokens,
+            position or own.prompt_position,
+        )
         if key not in self._splits:
             self._splits[key] = self._encode(*key)
         return self._splits[key]
@@ -78,7 +89,7 @@ class Workbench:
                 f"has {limit} positions; shorten it"
             )
 
-    def _encode(self, name: str, template: str, max_tokens: int) -> Split:
+    def _encode(self, name: str, template: str, max_tokens: int, position: str) -> Split:
         rows = self.data.split(name)
         encoded = encode_inputs(
             rows,
@@ -86,6 +97,8 @@ class Workbench:
             fields=self.experiment.fields,
             tokenizer=self.backbone.tokenizer,
             max_tokens=max_tokens,
+            apart=self.backbone.is_encoder_decoder,
+            before=self.backbone.placed(position).before,
         )
         order = {label: n for n, label in enumerate(self.labels)}
         return Split(encoded.inputs, [order[label] for label in rows["label"]], encoded.cut)

@@ -104,6 +104,14 @@ def test_peft_opens_the_folder_and_computes_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_peft_refuses_a_prompt_that_does_not_stand_at_the_start(tmp_path: Path) -> None:
+    """It would put it there, and compute something else."""
+    folder = make_prompt(position="after_bos").save(tmp_path / "prompt")
+    assert SoftPrompt.load(folder).position == "after_bos"
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+        PeftModel.from_pretrained(tiny_model(), str(folder))
+
+
 def test_another_model_is_refused_with_both_hashes() -> None:
     prompt, other = make_prompt(), tiny_backbone(seed=1)
     with pytest.raises(UserError) as refusal:
@@ -184,6 +192,8 @@ def test_vectors_that_are_none_are_refused(tmp_path: Path, vectors: torch.Tensor
         ({"words": {}}, "words must map labels to text"),
         ({"words": {"negative": 7}}, "words must map labels to text"),
         ({"precision": "int4"}, "precision must be one of bfloat16, float32, found 'int4'"),
+        ({"position": "end"}, "position must be one of start, after_bos, found 'end'"),
+        ({"encoder_decoder": 1}, "encoder_decoder must be bool, found 1"),
         ({"base": "somewhere"}, "base must be dict"),
         ({"template": 7}, "template must be str"),
         ({"template": "{text:>999999999}"}, r"template: a placeholder must be a plain column name, got \{text:>9999"),

@@ -189,6 +189,7 @@ LEARNED = {
     "data": {"kind": "file", "path": "rows.csv"},
     "template": "{text}",
     "labels": {"kind": "column", "field": "l", "words": {"a": " a", "b": " b"}},
+    "prompt_position": "after_bos",
     "splits": {"test": 1200, "validation": 401},
     "training.steps": 241,
     "training.weight_decay": 0.1,

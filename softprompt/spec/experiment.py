@@ -95,6 +95,8 @@ class ExperimentSpec(Spec):
     """The input as text, with `{column}` where a column of the row stands."""
     labels: LabelSpec
     """Which label a row has, and the words that stand for it."""
+    prompt_position: Literal["start", "after_bos"] = "start"
+    """Where the prompt stands: before all tokens, or behind the begin-of-sequence token of the tokenizer."""
     splits: SplitSpec
     """How many rows each split gets."""
     training: TrainingSpec

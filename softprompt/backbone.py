@@ -20,7 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.composition import Composition, Example, Tree, collate, collate_tree, concatenate, shared_prefix
+from softprompt.composition import (
+    Composition,
+    Example,
+    Tree,
+    as_prefix,
+    collate,
+    collate_tree,
+    concatenate,
+    extend,
+    shared_prefix,
+)
 from softprompt.decoder import fits, written_out
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
@@ -101,6 +111,27 @@ class Backbone:
             )
         return embedded.float()
 
+    def extend(self, prompts: Sequence[Tensor], tokens: Sequence[int]) -> list[Tensor]:
+        """K prompts of either kind, each with these tokens behind it."""
+        return extend(self.model, prompts, self.embed(tokens)) if tokens else list(prompts)
+
+    def as_prefix(self, vectors: Tensor) -> Tensor:
+        """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves, with the logits of that one; float32.
+
+        Raises UserError where the model takes no prefix.
+        """
+        self.require_prefixes()
+        with torch.no_grad():
+            return as_prefix(self.model, vectors.to(self.device)).float()
+
+    def require_prefixes(self) -> None:
+        """Raise UserError unless the model takes a prefix."""
+        if not self.takes_prefixes:
+            raise UserError(
+                "prefix_tuning: needs a model that takes keys and values of our own in every layer, and by the numbers "
+                f"this {self.model.config.model_type} model does not; use search.method=prompt_tuning"
+            )
+
     @property
     def pad(self) -> int:
         """A token id for padding: one that every table has, because nothing reads it."""
@@ -116,6 +147,11 @@ class Backbone:
             if self.deviation(composition) <= _TOLERANCE[self.model.dtype]:
                 return composition
         return concatenate
+
+    @cached_property
+    def takes_prefixes(self) -> bool:
+        """Whether the prefix that a soft prompt leaves has the logits of that one, beside another soft prompt."""
+        return self.deviation(self.composition, prefixes=True) <= _TOLERANCE[self.model.dtype]
 
     @cached_property
     def branches(self) -> bool:
@@ -139,8 +175,10 @@ class Backbone:
             (found - alone).norm() <= _TOLERANCE[self.model.dtype] * (alone - alone.mean(1, keepdim=True)).norm()
         )
 
-    def deviation(self, composition: Composition[Any]) -> float:
+    def deviation(self, composition: Composition[Any], *, prefixes: bool = False) -> float:
         """How far a composition is from the formula on a few random rows, relative to what the prompts change.
+
+        With `prefixes`, the first of its two prompts is given to it as the prefix that this one leaves.
 
         Rounding in bfloat16 gives a few percent; states that are not those of the formula give more than half, and a
         model that cannot be run with a kept prefix at all gives infinity.
@@ -155,7 +193,8 @@ class Backbone:
             plain = concatenate(self.model, prompts, batch).float()
             without = concatenate(self.model, [prompt[:0] for prompt in prompts], batch).float()
             try:
-                found = composition(self.model, prompts, batch).float()
+                given = [as_prefix(self.model, prompts[0]), prompts[1]] if prefixes else prompts
+                found = composition(self.model, given, batch).float()
             except (AttributeError, TypeError, ValueError, RuntimeError):
                 return float("inf")
         return float((found - plain).norm() / (without - plain).norm())

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.composition import Batch, Composition, pad_left, positions
+from softprompt.prefix import is_prefix, mix
 
 _PARTS = {
     "": {"embed_tokens", "layers", "norm", "rotary_emb"},
@@ -52,13 +53,22 @@ class Kept:
 
 
 def keep(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Kept:
-    """Run K prompts `[P_k, H]` through the model, once each, as far as their last keys and values."""
+    """Run K prompts `[P_k, H]` through the model, once each, as far as their last keys and values.
+
+    Prefixes stand beside them as they are.
+    """
+    if any(map(is_prefix, prompts)):
+        return Kept(*mix(prompts, model.dtype, lambda soft: _layers(keep(model, soft))))
     prefix, mask = pad_left(prompts, model)
     kept = Kept([], [], mask)
     if prefix.shape[1]:
         own = torch.eye(prefix.shape[1], dtype=torch.bool, device=mask.device)  # even padding attends to something
         _Pass(model, positions(mask), (mask.bool()[:, None] | own).tril()).keep(prefix, kept)
     return kept
+
+
+def _layers(kept: Kept) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(kept.keys, kept.values, strict=True))
 
 
 def attend(model: PreTrainedModel, kept: Kept, batch: Batch) -> Tensor:

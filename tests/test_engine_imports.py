@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-ENGINE = ["backbone", "composition", "errors", "inference", "initialization", "packages", "prompt", "template"]
-ENGINE += ["training"]
+ENGINE = ["backbone", "composition", "errors", "inference", "initialization", "packages", "prefix", "prompt"]
+ENGINE += ["template", "training"]
 ABOVE = {
     "optuna",
     "mlflow",

@@ -100,8 +100,10 @@ def test_both_kinds_stand_side_by_side_where_they_are_longer_than_the_attention_
 
 
 @cache
-def peft_model(kind: str, length: int) -> PeftModel:
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+def peft_model(kind: str, shape: torch.Size) -> PeftModel:
+    layers, _, groups, length, width = shape
+    size = {"num_layers": layers, "num_attention_heads": groups, "token_dim": groups * width}
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, **size)
     model = get_peft_model(tiny_model(kind), config)
     assert isinstance(model, PeftModel)
     return model.eval()
@@ -109,8 +111,9 @@ def peft_model(kind: str, length: int) -> PeftModel:
 
 @pytest.mark.parametrize(("kind", "compose"), FAST)
 def test_peft_computes_the_same(kind: str, compose: Composition[Any]) -> None:
-    base, batch, model = backbone(kind), lay_out(draw_examples(ROWS), [0] * 5), peft_model(kind, 5)
+    base, batch = backbone(kind), lay_out(draw_examples(ROWS), [0] * 5)
     (prefix,) = draw_prefixes(base, [5])
+    model = peft_model(kind, prefix.shape)
     weight = model.get_parameter("prompt_encoder.default.embedding.weight")
     weight.data.copy_(prefix.permute(3, 0, 1, 2, 4).reshape(5, -1))
     mask = (torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).long()

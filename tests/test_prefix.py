@@ -102,8 +102,13 @@ def test_both_kinds_stand_side_by_side_where_they_are_longer_than_the_attention_
 @cache
 def peft_model(kind: str, shape: torch.Size) -> PeftModel:
     layers, _, groups, length, width = shape
-    size = {"num_layers": layers, "num_attention_heads": groups, "token_dim": groups * width}
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, **size)
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        num_layers=layers,
+        num_attention_heads=groups,
+        token_dim=groups * width,
+    )
     model = get_peft_model(tiny_model(kind), config)
     assert isinstance(model, PeftModel)
     return model.eval()

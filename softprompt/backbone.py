@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from softprompt.composition import Composition, concatenate, shared_prefix
+from softprompt.composition import Composition, as_prefix, concatenate, extend, shared_prefix
 from softprompt.decoder import fits, written_out
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.errors import UserError
@@ -110,6 +110,27 @@ class Backbone:
             )
         return embedded.float()
 
+    def extend(self, prompts: Sequence[Tensor], tokens: Sequence[int]) -> list[Tensor]:
+        """K prompts of either kind, each with these tokens behind it."""
+        return extend(self.model, prompts, self.embed(tokens)) if tokens else list(prompts)
+
+    def as_prefix(self, vectors: Tensor) -> Tensor:
+        """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves, with the logits of that one; float32.
+
+        Raises UserError where the model takes no prefix.
+        """
+        self.require_prefixes()
+        with torch.no_grad():
+            return as_prefix(self.model, vectors.to(self.device)).float()
+
+    def require_prefixes(self) -> None:
+        """Raise UserError unless the model takes a prefix."""
+        if not self.takes_prefixes:
+            raise UserError(
+                "prefix_tuning: needs a model that takes keys and values of our own in every layer, and by the numbers "
+                f"this {self.model.config.model_type} model does not; use search.method=prompt_tuning"
+            )
+
     @property
     def pad(self) -> int:
         """A token id for padding: one that every table has, because nothing reads it."""
@@ -163,11 +184,7 @@ class Backbone:
         if not self.before:
             return chosen
 
-        def keep(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Any:
-            before = self.embed(self.before)
-            return chosen.keep(model, [torch.cat([before, prompt]) for prompt in prompts])
-
-        return replace(chosen, keep=keep)
+        return chosen.behind(self.embed(self.before))
 
     def _candidates(self) -> list[Composition[Any]]:
         """Quicker ways than the formula, the quickest first."""
@@ -176,6 +193,11 @@ class Backbone:
         # A GPU has the model's own fused attention.
         fast = self.device.type == "cpu" and fits(self.model)
         return [written_out, shared_prefix] if fast else [shared_prefix]
+
+    @cached_property
+    def takes_prefixes(self) -> bool:
+        """Whether the prefix that a soft prompt leaves has the logits of that one, beside another soft prompt."""
+        return self._probe.deviation(self.composition, prefixes=True) <= self._probe.tolerance
 
     @cached_property
     def branches(self) -> bool:

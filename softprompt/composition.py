@@ -16,13 +16,15 @@ or scores.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from softprompt.prefix import Layers, is_prefix, mix, separate, side_by_side
 
 States = TypeVar("States")
 
@@ -186,7 +188,7 @@ class Composition(Generic[States]):
 
     name: str
     keep: Callable[[PreTrainedModel, Sequence[Tensor]], States]
-    """What K prompts `[P_k, H]` leave; inference computes it once."""
+    """What K prompts leave, `[P_k, H]` or, where a model takes them, prefixes `[L, 2, G, P_k, D]`; computed once."""
     attend: Callable[[PreTrainedModel, States, Batch], Tensor]
     """Logits `[M, V]` of the batch's rows, each after the prompt that owns it."""
     together: Callable[[PreTrainedModel, Sequence[Tensor], Batch], Tensor] | None = None
@@ -197,6 +199,19 @@ class Composition(Generic[States]):
         if self.together is not None:
             return self.together(model, prompts, batch)
         return self.attend(model, self.keep(model, prompts), batch)
+
+    def behind(self, vectors: Tensor) -> "Composition[States]":
+        """The same with vectors `[C, H]` before every soft prompt."""
+
+        def join(prompts: Sequence[Tensor]) -> list[Tensor]:
+            return [torch.cat([vectors, prompt]) for prompt in prompts]
+
+        keep, together = self.keep, self.together
+        return replace(
+            self,
+            keep=lambda model, prompts: keep(model, join(prompts)),
+            together=together and (lambda model, prompts, batch: together(model, join(prompts), batch)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,18 +274,57 @@ class PrefixStates:
 
 
 def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
-    """Run K prompts `[P_k, H]` through the model, once each."""
+    """Run K prompts `[P_k, H]` through the model, once each; prefixes stand beside them as they are."""
+    if any(map(is_prefix, prompts)):
+        keys, values, mask = mix(prompts, model.dtype, lambda soft: _leave(model, *pad_left(soft, model)))
+        return PrefixStates(DynamicCache(list(zip(keys, values, strict=True))), mask)
     prefix, mask = pad_left(prompts, model)
-    if prefix.shape[1] == 0:
-        return PrefixStates(None, mask)
-    output = model(
-        inputs_embeds=prefix,
+    return PrefixStates(_read(model, prefix, mask) if prefix.shape[1] else None, mask)
+
+
+def _read(model: PreTrainedModel, vectors: Tensor, mask: Tensor, before: Cache | None = None) -> Cache:
+    """What K rows of C vectors `[K, C, H]` leave behind what is there before; `mask` `[K, P+C]` is of both."""
+    cache: Cache = model(
+        inputs_embeds=vectors.to(model.dtype),
         attention_mask=None if bool(mask.all()) else mask,
-        position_ids=positions(mask),
+        position_ids=positions(mask)[:, -vectors.shape[1] :],
+        past_key_values=before,
         use_cache=True,
         logits_to_keep=1,
-    )
-    return PrefixStates(output.past_key_values, mask)
+    ).past_key_values
+    return cache
+
+
+def _leave(model: PreTrainedModel, vectors: Tensor, mask: Tensor, before: Layers = ()) -> Layers:
+    """The keys and values in every layer of C vectors behind what is there before, all of them.
+
+    The cache that a model makes of its own may forget what its attention window has passed.
+    """
+    cache = DynamicCache(list(before))
+    _read(model, vectors, mask, cache)
+    own = slice(-vectors.shape[1], None)
+    return [(keys[:, :, own], values[:, :, own]) for keys, values, _ in cache]
+
+
+def as_prefix(model: PreTrainedModel, prompt: Tensor) -> Tensor:
+    """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves, P > 0: the same prompt, one step on."""
+    return separate(_leave(model, *pad_left([prompt], model)), [len(prompt)])[0]
+
+
+def extend(model: PreTrainedModel, prompts: Sequence[Tensor], vectors: Tensor) -> list[Tensor]:
+    """K prompts of either kind, each with C vectors `[C, H]` behind it; a prefix takes in what they leave."""
+    prefixes = iter(_lengthen(model, [prompt for prompt in prompts if is_prefix(prompt)], vectors))
+    return [next(prefixes) if is_prefix(prompt) else torch.cat([prompt, vectors]) for prompt in prompts]
+
+
+def _lengthen(model: PreTrainedModel, prefixes: Sequence[Tensor], vectors: Tensor) -> list[Tensor]:
+    if not prefixes:
+        return []
+    keys, values, mask = side_by_side(prefixes, model.dtype)
+    mask = nn.functional.pad(mask, (0, len(vectors)), value=1)
+    left = _leave(model, vectors.expand(len(prefixes), -1, -1), mask, zip(keys, values, strict=True))
+    behind = separate(left, [len(vectors)] * len(prefixes))
+    return [torch.cat(pair, dim=3) for pair in zip(prefixes, behind, strict=True)]
 
 
 def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:

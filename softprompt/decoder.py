@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from softprompt.composition import Batch, Composition, pad_left, positions
 from softprompt.operations import normed, normed_products, turned
+from softprompt.prefix import is_prefix, mix
 
 _PARTS = {
     "": {"embed_tokens", "layers", "norm", "rotary_emb"},
@@ -53,12 +54,21 @@ class Kept:
 
 
 def keep(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Kept:
-    """Run K prompts `[P_k, H]` through the model, once each, as far as their last keys and values."""
+    """Run K prompts `[P_k, H]` through the model, once each, as far as their last keys and values.
+
+    Prefixes stand beside them as they are.
+    """
+    if any(map(is_prefix, prompts)):
+        return Kept(*mix(prompts, model.dtype, lambda soft: _layers(keep(model, soft))))
     prefix, mask = pad_left(prompts, model)
     kept = Kept([], [], mask)
     if prefix.shape[1]:
         _Pass(model, [_prompts(mask)]).run(prefix.flatten(0, 1), kept)
     return kept
+
+
+def _layers(kept: Kept) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(kept.keys, kept.values, strict=True))
 
 
 def attend(model: PreTrainedModel, kept: Kept, batch: Batch) -> Tensor:
@@ -72,6 +82,8 @@ def together(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) ->
 
     A prompt's few vectors alone are too little work for the reading of a whole weight.
     """
+    if any(map(is_prefix, prompts)):
+        return attend(model, keep(model, prompts), batch)
     prefix, mask = pad_left(prompts, model)
     if not prefix.shape[1]:
         return attend(model, Kept([], [], mask), batch)

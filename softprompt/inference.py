@@ -92,9 +92,9 @@ class Classifier:
     @torch.inference_mode()
     def _keep(self, opening: tuple[int, ...]) -> None:
         if opening != self._opening:
-            prefix = torch.cat([self._prompt, self._backbone.embed(opening)])
+            prompts = self._backbone.extend([self._prompt], opening)
             self._opening = opening
-            self._states = self._backbone.composition.keep(self._backbone.model, [prefix])
+            self._states = self._backbone.composition.keep(self._backbone.model, prompts)
 
     def _score_batch(self, inputs: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """`[N, C]` log-probabilities, and whether each label is what the model itself would say."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from math import ceil
 
 import torch
+from torch import Tensor
 
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
 from softprompt.training import forward
@@ -50,10 +51,17 @@ def _describe_materials(bench: Workbench) -> dict[str, str]:
 def _describe_search(experiment: ExperimentSpec) -> str:
     search, given = experiment.search, _given(experiment)
     if given:
-        points = (f"{p.initialization}, length {p.length}, learning rate {p.learning_rate:g}" for p in given)
-        return f"none, only search.start: {'; '.join(points)}"
+        return f"none, only search.start: {'; '.join(map(_describe_point, given))}"
     kinds = ", ".join(spec.kind for spec in search.initialization)
-    return f"length {_describe(search.length)}; learning rate {_describe(search.learning_rate)}; initialization {kinds}"
+    return (
+        f"{_describe(search.method)}; length {_describe(search.length)}; "
+        f"learning rate {_describe(search.learning_rate)}; initialization {kinds}"
+    )
+
+
+def _describe_point(point: StartPoint) -> str:
+    method = f"{point.method}, " if point.method else ""
+    return f"{method}{point.initialization}, length {point.length}, learning rate {point.learning_rate:g}"
 
 
 def _count(trials: int) -> str:
@@ -116,14 +124,19 @@ def _longest(experiment: ExperimentSpec) -> int:
     return max(point.length for point in given) if given else experiment.search.longest
 
 
+def _longest_prompt(bench: Workbench) -> Tensor:
+    """A soft prompt, which costs more than a prefix, where both are searched."""
+    vectors = torch.zeros(_longest(bench.experiment), bench.backbone.hidden_size)
+    return vectors if "prompt_tuning" in bench.experiment.search.methods else bench.backbone.as_prefix(vectors)
+
+
 def _time_step(bench: Workbench, slots: int) -> float:
     """Seconds of a forward and backward pass of a batch for each slot after the longest prompt.
 
     The batch is drawn as in training, so that it is padded as there; the optimizer is left out.
     """
-    backbone, length = bench.backbone, _longest(bench.experiment)
-    shape = (length, backbone.hidden_size)
-    prompts = [torch.zeros(shape, device=backbone.device, requires_grad=True) for _ in range(slots)]
+    backbone = bench.backbone
+    prompts = [_longest_prompt(bench).to(backbone.device).requires_grad_() for _ in range(slots)]
     size = bench.experiment.training.batch_size
     drawn = random.Random(0).choices(bench.examples, k=slots * size)
     owners = [n // size for n in range(len(drawn))]
@@ -138,7 +151,7 @@ def _seconds_per_token(bench: Workbench) -> float:
     """Seconds of scoring for each token of input, from one batch of middling rows after the longest prompt."""
     inputs = sorted(bench.split("validation").inputs, key=len)
     part = inputs[max(0, len(inputs) // 2 - 32) :][:64]
-    prompt = torch.zeros(_longest(bench.experiment), bench.backbone.hidden_size)
+    prompt = _longest_prompt(bench)
     return _time(lambda: bench.score(prompt, part), bench.backbone.device) / sum(map(len, part))
 
 

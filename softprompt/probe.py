@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.composition import Batch, Composition, Example, Tree, collate, collate_tree, unfold
+from softprompt.composition import Batch, Composition, Example, Tree, as_prefix, collate, collate_tree, unfold
 from softprompt.encoder_decoder import start_token
 
 UNABLE = (AssertionError, AttributeError, TypeError, ValueError, RuntimeError, LookupError)
@@ -42,14 +42,18 @@ class Probe:
         self._plain = self._run(formula, self._prompts, self._batch)
         self._without = self._run(formula, [p[:0] for p in self._prompts], self._batch)
 
-    def deviation(self, composition: Composition[Any]) -> float:
+    def deviation(self, composition: Composition[Any], *, prefixes: bool = False) -> float:
         """How far a composition is from the formula, relative to what the prompts change.
 
-        Rounding in bfloat16 gives a few percent; states that are not those of the formula give more than half, and a
-        model that cannot be run so at all gives infinity.
+        With `prefixes`, the first of the two prompts is given to it as the prefix that this one leaves. Rounding in
+        bfloat16 gives a few percent; states that are not those of the formula give more than half, and a model that
+        cannot be run so at all gives infinity.
         """
         try:
-            return self._distance(self._plain, self._run(composition, self._prompts, self._batch))
+            prompts = self._prompts
+            if prefixes:
+                prompts = [as_prefix(self.model, prompts[0]), *prompts[1:]]
+            return self._distance(self._plain, self._run(composition, prompts, self._batch))
         except UNABLE:
             return float("inf")
 

@@ -43,7 +43,7 @@ def create_study(name: str, storage: str | BaseStorage, experiment: ExperimentSp
     study.set_user_attr("experiment", experiment.name)
     study.set_user_attr("fingerprint", experiment.fingerprint)
     for point in experiment.search.start:
-        study.enqueue_trial(point.model_dump())
+        study.enqueue_trial(point.model_dump(exclude_none=True))
 
 
 def load_study(name: str, storage: str | BaseStorage, experiment: ExperimentSpec) -> optuna.Study:
@@ -85,11 +85,12 @@ def ask(study: optuna.Study, search: SearchSpec) -> tuple[optuna.Trial, Params] 
 
 
 def suggest(trial: optuna.Trial, search: SearchSpec) -> Params:
-    """A trial's settings: `length`, `initialization`, `learning_rate`, and those of the kind, as `uniform.bound`."""
+    """A trial's settings: `length`, `initialization`, `learning_rate`, `method`, and the kind's, as `uniform.bound`."""
     params: Params = {"length": _value(trial, "length", search.length)}
     kinds = {spec.kind: spec for spec in search.initialization}
     params["initialization"] = _value(trial, "initialization", Choices[str](choices=tuple(kinds)))
     params["learning_rate"] = _value(trial, "learning_rate", search.learning_rate)
+    params["method"] = _value(trial, "method", search.method)
     chosen = kinds[params["initialization"]]
     for name in type(chosen).model_fields:
         if name != "kind":

@@ -85,7 +85,7 @@ class Slot:
     def __init__(self, initial: Tensor, examples: Sequence[Example], settings: Settings, device: torch.device) -> None:
         self.settings = settings
         self.prompt = nn.Parameter(initial.detach().to(device, torch.float32, copy=True))
-        """`[P, H]`, float32."""
+        """`[P, H]`, or a prefix `[L, 2, G, P, D]`; float32."""
         self.steps_done = 0
         self._examples = examples
         self._order = BatchOrder([len(e.inputs) for e in examples], settings.batch_size, settings.seed)
@@ -138,8 +138,7 @@ def forward(
     """Logits `[M, V]` of N examples at their target tokens, each after its prompt, and where those are."""
     common, examples = lift(examples)
     batch = collate(examples, owner, pad=backbone.pad, device=backbone.device)
-    opening = backbone.embed(common)
-    return backbone.composition(backbone.model, [torch.cat([prompt, opening]) for prompt in prompts], batch), batch
+    return backbone.composition(backbone.model, backbone.extend(prompts, common), batch), batch
 
 
 def _mean_by_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:

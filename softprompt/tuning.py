@@ -147,10 +147,11 @@ def tune(bench: Workbench, params: dict[str, Any], *, number: int = 0) -> SoftPr
 
 
 def describe(params: dict[str, Any]) -> str:
-    """The settings of a trial in words, as `labels · P=20 · lr 0.01`."""
+    """The settings of a trial in words, as `labels · P=20 · lr 0.01`; prefix tuning is named first."""
+    method = ["prefix"] if params.get("method") == "prefix_tuning" else []
     own = [f"{k.partition('.')[2]} {_short(v)}" for k, v in params.items() if "." in k]
     return " · ".join(
-        [params["initialization"], f"P={params['length']}", f"lr {_short(params['learning_rate'])}", *own]
+        [*method, params["initialization"], f"P={params['length']}", f"lr {_short(params['learning_rate'])}", *own]
     )
 
 

@@ -7,7 +7,7 @@ fields, and prompt, input and label that the model has too few positions for.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from softprompt.home import cache_home
 from softprompt.inference import Classifier, Scores
 from softprompt.initialization import STRATEGIES
 from softprompt.loading import load_backbone
-from softprompt.spec import ExperimentSpec
+from softprompt.spec import ExperimentSpec, Method
 from softprompt.training import Settings, Slot
 
 
@@ -53,6 +53,8 @@ class Workbench:
             experiment.labels.words, self.backbone.tokenizer, apart=self.backbone.is_encoder_decoder
         )
         self._splits: dict[tuple[str, str, int, str], Split] = {}
+        if "prefix_tuning" in experiment.search.methods:
+            self.backbone.require_prefixes()
         self._check_positions()
         for name in SPLITS:  # a mistake in template or rows is told before there is a study or a run
             self.split(name)
@@ -111,17 +113,19 @@ class Workbench:
         return [Example(row, targets[gold]) for row, gold in zip(split.inputs, split.gold, strict=True)]
 
     def score(self, prompt: Tensor, inputs: Sequence[Sequence[int]]) -> Scores:
-        """Scores of the labels for each input, after a prompt `[P, H]`; P may be 0."""
+        """Scores of the labels for each input, after a prompt `[P, H]`, P may be 0, or a prefix `[L, 2, G, P, D]`."""
         return Classifier(self.backbone, prompt, list(self.labels.values())).score(inputs)
 
     def start(self, params: dict[str, Any], *, seed: Sequence[int]) -> Slot:
         """A slot for one trial.
 
         Args:
-            params: `length`, `initialization`, `learning_rate`, and the settings of the kind, as `uniform.bound`.
+            params: `length`, `initialization`, `learning_rate`, and the settings of the kind, as `uniform.bound`;
+                `method` where it is not `prompt_tuning`.
             seed: what the trial's random streams are drawn from; the same gives the same prompt.
 
-        Raises UserError where one of the first three is missing, or the kind is none.
+        Raises UserError where one of the first three is missing, the kind or the method is none, or the model does not
+        take a prefix.
         """
         for name in ("length", "initialization", "learning_rate"):
             if name not in params:
@@ -148,4 +152,11 @@ class Workbench:
         own = {k.partition(".")[2]: v for k, v in params.items() if k.startswith(f"{kind}.")}
         if kind == "labels":
             own["words"] = list(self.labels.values())
-        return STRATEGIES[kind](self.backbone, length, generator, **own)
+        vectors = STRATEGIES[kind](self.backbone, length, generator, **own)
+        return self._to_method(vectors, params.get("method", "prompt_tuning"))
+
+    def _to_method(self, vectors: Tensor, method: str) -> Tensor:
+        """What is trained: the vectors, or the prefix that they leave, with the same logits."""
+        if method not in get_args(Method):
+            raise UserError(f"params: no method {method!r}; use one of {', '.join(get_args(Method))}")
+        return self.backbone.as_prefix(vectors) if method == "prefix_tuning" else vectors

@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-ENGINE = ["backbone", "composition", "decoder", "encoder_decoder", "errors", "inference", "initialization", "packages"]
-ENGINE += ["probe", "prompt", "template", "training"]
+ENGINE = ["backbone", "composition", "decoder", "encoder_decoder", "errors", "inference", "initialization"]
+ENGINE += ["operations", "packages", "prefix", "probe", "prompt", "template", "training"]
 ABOVE = {
     "optuna",
     "mlflow",

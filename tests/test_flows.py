@@ -23,7 +23,8 @@ from softprompt import registry, training
 from softprompt.errors import UserError
 from softprompt.home import study_storage, tracking_uri
 from softprompt.loading import load_backbone
-from softprompt.registry import champion_version
+from softprompt.prediction import Predictor
+from softprompt.registry import champion_version, load_registered
 from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec, LocalModel
 from softprompt.tracking import Tracker
@@ -287,6 +288,30 @@ def test_tune_trains_the_first_start_and_registers_nothing(experiment, tmp_path)
     assert (evaluation.trial, evaluation.title) == (0, "trial 0: labels · P=4 · lr 0.1")
     assert champion_version("tiny-single") is None
     assert mlflow_statuses(single) == {"FINISHED"}
+
+
+def test_both_methods_are_swept_compared_registered_and_answer(tmp_path):
+    point = {"length": 4, "initialization": "labels", "learning_rate": 0.1}
+    space = {"length": 4, "learning_rate": 0.1, "initialization": [{"kind": "labels"}]}
+    space |= {"pruner": {"kind": "none", "every": 6}}
+
+    def swept_over(*methods: str) -> SweepResult:
+        own = {"method": {"choices": methods}, "start": [point | {"method": method} for method in methods]}
+        parts = {"search": space | own, "budget": {"trials": len(methods)}}
+        parts |= {"execution": {"device": "cpu", "slots": len(methods)}}
+        return sweep(tiny_experiment(tmp_path, name="tiny-methods", **parts))
+
+    titles = ["prefix · labels · P=4 · lr 0.1", "labels · P=4 · lr 0.1"]
+    both, prefix = swept_over("prefix_tuning", "prompt_tuning"), swept_over("prefix_tuning")
+    assert [t.title.partition(": ")[2] for t in sorted(both.trials, key=lambda t: t.number)] == titles
+    assert [t.title.partition(": ")[2] for t in prefix.trials] == titles[:1]
+    assert {t.outcome for t in (*both.trials, *prefix.trials)} == {"finished"}
+    assert (both.decision.version, prefix.decision.version) == (1, 2)
+    assert list(prefix.evaluation.systems)[-2:] == ["champion v1", f"winner, {prefix.evaluation.title}"]
+    registered = load_registered("tiny-methods", "2")
+    assert registered.method == "prefix_tuning"
+    (answer,) = Predictor.open(registered, device="cpu").predict([{"text": "a great film"}])
+    assert answer.label in registered.words
 
 
 def with_text_in_braces(folder: Path, name: str) -> ExperimentSpec:

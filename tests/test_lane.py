@@ -16,6 +16,7 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 
 from softprompt import search, training
+from softprompt.backbone import hash_tensors
 from softprompt.closing import close_abandoned_runs, close_open_runs
 from softprompt.data import prepare
 from softprompt.errors import UserError
@@ -27,7 +28,7 @@ from softprompt.spec import ExperimentSpec
 from softprompt.tracking import Tracker, _experiment_id
 from softprompt.tuning import Tuning, tune
 from softprompt.workbench import Workbench
-from tests.tiny import tiny_experiment
+from tests.tiny import tiny_experiment, tiny_model
 
 SPACE: dict[str, Any] = {
     "length": {"low": 1, "high": 8, "log": True},
@@ -124,7 +125,8 @@ def test_study_tracker_and_records_agree(ends):
 
 def test_a_run_has_its_settings_and_its_curves(ends):
     client, child = MlflowClient(tracking_uri()), ends.children[0]
-    assert child.data.params == {"length": "4", "initialization": "labels", "learning_rate": "0.1"}
+    settings = {"length": "4", "initialization": "labels", "learning_rate": "0.1", "method": "prompt_tuning"}
+    assert child.data.params == settings
     losses = client.get_metric_history(child.info.run_id, "train_loss")
     assert [m.step for m in losses] == list(range(1, 13))
     assert all(math.isfinite(m.value) for m in losses)
@@ -200,6 +202,21 @@ def test_scores_that_are_no_numbers_fail_one_trial_and_not_the_lane(run, monkeyp
     assert [r.outcome for r in ran.records] == ["failed", "finished"]
     assert ran.records[0].reason == "the scores are nan after step 12; try a lower learning rate"
     assert ran.prompt(0, state_home() / "fetched").provenance["step"] == 6  # the rung before is kept
+
+
+def test_both_methods_share_a_lane_and_train_as_alone(run, tmp_path):
+    points = [LABELS | {"method": "prefix_tuning"}, NORMAL | {"method": "prompt_tuning"}]
+    points += [NORMAL | {"method": "prefix_tuning"}]
+    space = {"method": {"choices": ["prompt_tuning", "prefix_tuning"]}}
+    together = run(*points, space=space, execution={"device": "cpu", "slots": 3})
+    assert [r.outcome for r in together.records] == ["finished"] * 3
+    for number, point in enumerate(points):
+        found, expected = together.prompt(number, tmp_path / str(number)), tune(together.bench, point, number=number)
+        assert found.method == point["method"] == together.children[number].data.params["method"]
+        torch.testing.assert_close(found.vectors, expected.vectors, rtol=1e-4, atol=1e-5)
+    assert "prefix · labels" in together.children[0].info.run_name
+    backbone = together.bench.backbone
+    assert backbone.weights_in_memory_sha256() == hash_tensors(sorted(tiny_model().state_dict().items()))
 
 
 FOUR = (LABELS, NORMAL, LABELS | {"length": 8}, NORMAL | {"learning_rate": 0.3})

@@ -33,6 +33,17 @@ def test_one_trial_is_its_starting_point(tmp_path: Path):
     assert plan(single)["search"] == "none, only search.start: labels, length 4, learning rate 0.1"
 
 
+@pytest.mark.parametrize("choices", [["prefix_tuning"], ["prompt_tuning", "prefix_tuning"]])
+def test_a_plan_names_the_methods(tmp_path: Path, choices: list[str]):
+    space = {"length": 3, "learning_rate": 0.1, "initialization": [{"kind": "labels"}], "method": {"choices": choices}}
+    space["pruner"] = {"kind": "none", "every": 6}
+    point = {"length": 3, "learning_rate": 0.1, "initialization": "labels", "method": "prefix_tuning"}
+    searched = plan(bench(tmp_path, search=space))["search"]
+    assert searched.startswith(f"{' or '.join(choices)}; length 3; ")
+    single = plan(bench(tmp_path, search=space | {"start": [point]}, budget={"trials": 1}))
+    assert single["search"] == "none, only search.start: prefix_tuning, labels, length 3, learning rate 0.1"
+
+
 def test_an_evaluation_trains_nothing(tmp_path: Path):
     lines = plan_evaluation(bench(tmp_path))
     assert list(lines) == ["experiment", "model", "composition", "data", "cost"]

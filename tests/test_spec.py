@@ -89,6 +89,9 @@ def test_the_default_experiment_is_valid():
         ("search.initialization.0.kind=labels", "search: each kind of initialization stands once"),
         ("search.pruner.kind=median", "search.pruner.every: is required and missing (and 2 more)"),
         ("search.start.0.initialization=zeros", "search: start.0.initialization must be one of ['uniform', 'normal'"),
+        ("search.method=lora", "search.method: Input should be 'prompt_tuning' or 'prefix_tuning', found 'lora'"),
+        ("search.method={choices: []}", "search.method.choices: Tuple should have at least 1 item"),
+        ("search.start.0.method=prefix_tuning", "search: start.0.method must be one of ['prompt_tuning'], got 'prefix"),
         ("search.start.0.length=65", "search: start.0.length=65 lies outside search.length; change one of them"),
         ("search.length=8", "search: start.0.length=20 lies outside search.length; change one of them"),
         ("search.learning_rate={choices: [1]}", "search: start.0.learning_rate=0.01 lies outside search.learning_rate"),
@@ -196,6 +199,7 @@ LEARNED = {
     "search.start": [],
     "search.initialization.0.bound": 0.4,
     "search.pruner.first_rung": 31,
+    "search.method": "prefix_tuning",
     "budget": {"trials": 9},
     "evaluation": {"instruction": "Well?"},
 }

@@ -32,8 +32,11 @@ def draw_examples(count: int = 40, seed: int = 0) -> list[Example]:
     return [Example(row, (300, 301) if row[0] < 185 else (310,)) for row in inputs]
 
 
-def make_slot(length: int = 4, seed: int = 0, examples: list[Example] | None = None, **changes: Any) -> Slot:
-    initial = 0.3 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
+def make_slot(
+    length: int = 4, seed: int = 0, examples: list[Example] | None = None, prefix: bool = False, **changes: Any
+) -> Slot:
+    shape = (2, 2, 2, length, 8) if prefix else (length, 32)
+    initial = 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return Slot(initial, examples or draw_examples(), make_settings(seed=seed, **changes), torch.device("cpu"))
 
 
@@ -50,17 +53,22 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "mamba"])
-def test_side_by_side_is_as_alone(kind: str) -> None:
-    """Lengths, rates, batch sizes and ages differ: slot k joins after k steps alone."""
+BOTH_METHODS: list[dict[str, Any]] = [MIXED[0], MIXED[1] | {"prefix": True}, MIXED[2], MIXED[0] | {"prefix": True}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slots"), [("llama", MIXED), ("bloom", MIXED), ("mamba", MIXED), ("llama", BOTH_METHODS)]
+)
+def test_side_by_side_is_as_alone(kind: str, slots: list[dict[str, Any]]) -> None:
+    """Lengths, rates, batch sizes, ages and methods differ: slot k joins after k steps alone."""
     backbone = tiny_backbone(kind)
-    alone, together = ([make_slot(**settings) for settings in MIXED] for _ in range(2))
+    alone, together = ([make_slot(**settings) for settings in slots] for _ in range(2))
     expected = [train(backbone, slot) for slot in alone]
     losses = [train(backbone, slot, steps=k) for k, slot in enumerate(together)]
     while running := [k for k, slot in enumerate(together) if not slot.finished]:
         for k, loss in zip(running, step(backbone, [together[k] for k in running]).tolist(), strict=True):
             losses[k].append(loss)
-    for k in range(3):
+    for k in range(len(slots)):
         torch.testing.assert_close(together[k].prompt, alone[k].prompt, rtol=1e-3, atol=1e-4)
         assert losses[k] == pytest.approx(expected[k], rel=1e-3)
 
@@ -93,15 +101,17 @@ def test_another_seed_gives_another_order() -> None:
     assert make_slot(seed=0).next_examples() != make_slot(seed=1).next_examples()
 
 
-def test_training_learns() -> None:
-    slot = make_slot(length=8, steps=60, batch_size=20, learning_rate=0.1)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_training_learns(prefix: bool) -> None:
+    slot = make_slot(length=8, steps=60, batch_size=20, learning_rate=0.1, prefix=prefix)
     losses = train(tiny_backbone(), slot)
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:3])
     assert slot.finished
 
 
-def test_only_the_prompt_changes() -> None:
-    backbone, slot, examples = tiny_backbone(), make_slot(), draw_examples()
+@pytest.mark.parametrize("prefix", [False, True])
+def test_only_the_prompt_changes(prefix: bool) -> None:
+    backbone, slot, examples = tiny_backbone(), make_slot(prefix=prefix), draw_examples()
     before = slot.prompt.detach().clone()
     train(backbone, slot)
     assert not torch.equal(slot.prompt, before)

@@ -138,6 +138,8 @@ def test_progress_says_how_far_it_is(bench: Workbench) -> None:
         ({}, "labels · P=4 · lr 0.1"),
         ({"initialization": "uniform", "uniform.bound": 0.25}, "uniform · P=4 · lr 0.1 · bound 0.25"),
         ({"learning_rate": 0.0123456}, "labels · P=4 · lr 0.012"),
+        ({"method": "prompt_tuning"}, "labels · P=4 · lr 0.1"),
+        ({"method": "prefix_tuning"}, "prefix · labels · P=4 · lr 0.1"),
         (
             {"initialization": "text", "text.text": "Is this film good or is it bad?"},
             "text · P=4 · lr 0.1 · text Is this film good or is…",

@@ -9,6 +9,8 @@ import torch
 from softprompt.composition import Example
 from softprompt.data import prepare
 from softprompt.errors import UserError
+from softprompt.spec import validate_experiment
+from softprompt.training import forward
 from softprompt.workbench import Workbench
 from tests.tiny import tiny_backbone, tiny_experiment
 
@@ -79,6 +81,28 @@ def test_a_slot_starts_by_its_parameters_and_its_seed(bench: Workbench, params: 
     assert one.settings.learning_rate == 0.1
 
 
+@pytest.mark.parametrize("params", PARAMS, ids=lambda params: params["initialization"])
+def test_a_prefix_starts_as_the_soft_prompt_of_its_initialization(bench: Workbench, params: dict[str, Any]) -> None:
+    params = {"length": 9, "learning_rate": 0.1, **params}
+    soft = bench.start(params, seed=[0, 1])
+    prefix = bench.start(params | {"method": "prefix_tuning"}, seed=[0, 1])
+    assert prefix.prompt.shape == (2, 2, 2, 9, 8)
+    assert prefix.next_examples() == soft.next_examples()
+    batch = [e for n in range(2) for e in soft.next_examples()]
+    logits, _ = forward(bench.backbone, [soft.prompt, prefix.prompt], batch, [0] * 4 + [1] * 4)
+    torch.testing.assert_close(logits[len(logits) // 2 :], logits[: len(logits) // 2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", {"choices": ["prompt_tuning", "prefix_tuning"]}])
+def test_a_model_that_takes_no_prefix_is_told_before_anything_is_trained(bench: Workbench, method: Any) -> None:
+    tree = bench.experiment.model_dump()
+    tree["search"] |= {"method": method, "start": []}
+    with pytest.raises(
+        UserError, match=r"prefix_tuning: .* this mamba model does not; use search.method=prompt_tuning"
+    ):
+        Workbench(validate_experiment(tree, "asked"), bench.data, tiny_backbone("mamba"))
+
+
 def test_settings_of_a_kind_reach_it(bench: Workbench) -> None:
     slot = bench.start({"length": 50, "learning_rate": 0.1, **PARAMS[0]}, seed=[0])
     assert 0.2 < slot.prompt.abs().max() <= 0.25
@@ -89,6 +113,10 @@ def test_settings_of_a_kind_reach_it(bench: Workbench) -> None:
     [
         ({"length": 2, "learning_rate": 0.1, "initialization": "zeros"}, "no initialization 'zeros'; use one of unif"),
         ({"length": 2, "learning_rate": 0.1, "initialization": "Backbone"}, "no initialization 'Backbone'; use one of"),
+        (
+            {"length": 2, "learning_rate": 0.1, "initialization": "labels", "method": "lora"},
+            "no method 'lora'; use one of prompt_tuning, prefix_tuning",
+        ),
         ({"length": 2, "initialization": "labels"}, "'learning_rate' is missing, found length, initialization"),
         ({"initialization": "labels", "learning_rate": 0.1}, "'length' is missing"),
         ({}, "'length' is missing, found none"),

@@ -114,6 +114,8 @@ class ExperimentSpec(Spec):
     def _consistent(self) -> Self:
         if not self.fields:
             raise ValueError("template: must name at least one column, as in '{text}'")
+        if self.prompt_position == "after_bos" and "prefix_tuning" in self.search.methods:
+            raise ValueError("prompt_position: after_bos is for prompt_tuning alone, found search.method prefix_tuning")
         return self
 
     @property

@@ -74,6 +74,7 @@ def _of_a_prompt(value: V) -> V:
 Length = Annotated[int, Field(ge=1, le=2048)]
 Count = Annotated[int, Field(ge=1)]
 Words = Annotated[str, Field(min_length=1)]
+Method = Literal["prompt_tuning", "prefix_tuning"]
 
 SearchedLength = Annotated[
     Annotated[Length, Tag("fixed")] | Annotated[IntRange, Tag("range")] | Annotated[Choices[Length], Tag("choices")],
@@ -92,6 +93,7 @@ SearchedCount = Annotated[
     _by_shape,
     AfterValidator(_above_zero),
 ]
+SearchedMethod = Annotated[Annotated[Method, Tag("fixed")] | Annotated[Choices[Method], Tag("choices")], _by_shape]
 SearchedText = Annotated[Annotated[Words, Tag("fixed")] | Annotated[Choices[Words], Tag("choices")], _by_shape]
 
 
@@ -205,6 +207,8 @@ class StartPoint(Spec):
     """Kind of initialization, one of those searched."""
     learning_rate: Positive
     """Peak learning rate."""
+    method: Method | None = None
+    """Method, one of those searched; without it the search chooses."""
 
 
 class SearchSpec(Spec):
@@ -216,6 +220,9 @@ class SearchSpec(Spec):
     """Where the prompt may start from; several kinds are searched over, with their own settings."""
     learning_rate: SearchedFloat
     """Peak learning rate of AdamW."""
+    method: SearchedMethod = "prompt_tuning"
+    """What is trained at each of the prompt's positions: a vector before the embeddings with `prompt_tuning`, the keys
+    and values of every layer with `prefix_tuning`."""
     pruner: PrunerSpec
     """When to stop a weak trial, and when trials are scored."""
     startup_trials: int = Field(default=6, ge=0)
@@ -230,6 +237,11 @@ class SearchSpec(Spec):
             return self.length.high
         return max(self.length.choices) if isinstance(self.length, Choices) else self.length
 
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that may be tried."""
+        return self.method.choices if isinstance(self.method, Choices) else (self.method,)
+
     @model_validator(mode="after")
     def _kinds_stand_once(self) -> Self:
         kinds = [i.kind for i in self.initialization]
@@ -238,6 +250,8 @@ class SearchSpec(Spec):
         for n, point in enumerate(self.start):
             if point.initialization not in kinds:
                 raise ValueError(f"start.{n}.initialization must be one of {kinds}, got {point.initialization!r}")
+            if point.method not in (None, *self.methods):
+                raise ValueError(f"start.{n}.method must be one of {list(self.methods)}, got {point.method!r}")
             for name in ("length", "learning_rate"):
                 value, space = getattr(point, name), getattr(self, name)
                 if not _holds(space, value):

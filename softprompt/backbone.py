@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.composition import Composition, Example, Tree, collate, collate_tree, concatenate, shared_prefix
+from softprompt.composition import Composition, Example, Tree, collate, collate_tree, concatenate, send, shared_prefix
 from softprompt.decoder import fits, written_out
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
@@ -96,9 +96,7 @@ class Backbone:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """The embeddings of N tokens as the model looks them up, `[N, H]` in float32; some models scale them."""
         with torch.no_grad():
-            embedded: Tensor = self.model.get_input_embeddings()(
-                torch.tensor(ids, dtype=torch.long, device=self.device)
-            )
+            embedded: Tensor = self.model.get_input_embeddings()(send(torch.tensor(ids, dtype=torch.long), self.device))
         return embedded.float()
 
     @property

@@ -13,6 +13,7 @@ Nothing here chooses data, trains or scores.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -50,6 +51,8 @@ class Batch:
     """`[M]` token id that is to be predicted there."""
     tree: "Tree | None" = None
     """Branching continuations of the inputs, in the last S columns of `tokens`."""
+    first: int = 0
+    """No place is left of this column; a number of the host's, for which no device has to be waited for."""
 
     @property
     def places(self) -> Tensor:
@@ -100,10 +103,21 @@ def lift(examples: Sequence[Example]) -> tuple[tuple[int, ...], list[Example]]:
     return first[:count], [Example(e.inputs[count:], e.target) for e in examples]
 
 
-def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, device: torch.device) -> Batch:
-    """Lay N examples out as a `Batch`; `owner[n]` is the prompt of example n."""
+_WIDTHS = {"cuda": 16}
+"""By kind of device, what the columns of a batch are a multiple of: few widths, so that what is compiled for one serves
+many batches."""
+
+
+def collate(
+    examples: Sequence[Example], owner: Sequence[int], *, pad: int, device: torch.device, multiple: int | None = None
+) -> Batch:
+    """Lay N examples out as a `Batch`; `owner[n]` is the prompt of example n.
+
+    The columns are a multiple of what the device wants, or of the number given.
+    """
     lines = [[*e.inputs, *e.target[:-1]] for e in examples]
-    longest = max(map(len, lines))
+    multiple = multiple or _WIDTHS.get(device.type, 1)
+    longest = math.ceil(max(map(len, lines)) / multiple) * multiple
     places = [(n, len(e.inputs) - 1 + t, token) for n, e in enumerate(examples) for t, token in enumerate(e.target)]
     laid_out = (
         torch.tensor([line + [pad] * (longest - len(line)) for line in lines]),
@@ -111,8 +125,13 @@ def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, devi
         torch.tensor(owner),
         *torch.tensor(places, dtype=torch.long).T,
     )
-    tokens, lengths, owners, rows, columns, targets = (part.to(device, non_blocking=True) for part in laid_out)
-    return Batch(tokens, lengths, owners, rows, columns, targets)
+    tokens, lengths, owners, rows, columns, targets = (send(part, device) for part in laid_out)
+    return Batch(tokens, lengths, owners, rows, columns, targets, first=min(column for _, column, _ in places))
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device, which has not to be waited for: what it does meanwhile goes on."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> Batch:
@@ -129,7 +148,7 @@ def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> 
     nodes = torch.arange(width, width + size, device=device).expand(len(inputs), -1)
     columns = torch.cat([line.columns[:, None], nodes], dim=1).flatten()
     rows = line.rows.repeat_interleave(1 + size)
-    return Batch(tokens, line.lengths, line.owner, rows, columns, tokens[rows, columns], tree)
+    return Batch(tokens, line.lengths, line.owner, rows, columns, tokens[rows, columns], tree, line.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,50 +198,79 @@ class PrefixStates:
     """One row per prompt; None where all prompts are empty."""
     mask: Tensor
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
+    even: bool = False
+    """Whether it is known that the mask has no zeros."""
 
 
 def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
     """Run K prompts `[P_k, H]` through the model, once each."""
     prefix, mask = pad_left(prompts, model)
+    even = all(len(prompt) == prefix.shape[1] for prompt in prompts)
     if prefix.shape[1] == 0:
-        return PrefixStates(None, mask)
+        return PrefixStates(None, mask, even)
+    own = torch.eye(prefix.shape[1], dtype=torch.bool, device=mask.device)  # even padding attends to something
+    whole = (mask.bool()[:, None] | own).tril()
     output = model(
         inputs_embeds=prefix,
-        attention_mask=None if bool(mask.all()) else mask,
+        attention_mask=None if even else _spell(model, whole) if _looks_at_masks(model) else mask,
         position_ids=positions(mask),
         use_cache=True,
         logits_to_keep=1,
     )
-    return PrefixStates(output.past_key_values, mask)
+    return PrefixStates(output.past_key_values, mask, even)
 
 
 def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:
     """Logits `[M, V]` of the batch's rows, each after the states of the prompt that owns it."""
     mask = states.mask[batch.owner]
-    keep, place = torch.unique(batch.columns, return_inverse=True)
     logits: Tensor = model(
-        input_ids=batch.tokens,
-        attention_mask=_mask(model, mask, batch),
+        inputs_embeds=model.get_input_embeddings()(batch.tokens),  # some models look at ids for padding, and wait
+        attention_mask=_mask(model, mask, batch, even=states.even),
         position_ids=mask.sum(1, keepdim=True) + batch.places,
         past_key_values=_rows_of(states.cache, batch.owner),
         use_cache=states.cache is not None,
-        logits_to_keep=keep,
+        logits_to_keep=batch.tokens.shape[1] - batch.first,
     ).logits
-    return logits[batch.rows, place]
+    return logits[batch.rows, batch.columns - batch.first]
 
 
 shared_prefix = Composition("shared prefix", _prefix_states, _attend)
 
 
-def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch) -> Tensor | None:
-    """What the model is told of who attends to whom, in the shape that it needs; `prefix` is `[N, P]`."""
+def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch, *, even: bool) -> Tensor | None:
+    """What the model is told of who attends to whom, in the shape that it needs.
+
+    `prefix` is `[N, P]`; `even` says that it is known to have no zeros.
+    """
     width = batch.tokens.shape[1]
-    if batch.tree is None:
+    if batch.tree is None and even:
         # Right padding needs no mask: the columns after a row's end are read by nobody.
-        return None if bool(prefix.all()) else nn.functional.pad(prefix, (0, width), value=1)
-    attends = torch.cat([prefix.bool()[:, None].expand(-1, width, -1), batch.attends], dim=2)[:, None]
+        return None
+    if batch.tree is None and not _looks_at_masks(model):
+        return nn.functional.pad(prefix, (0, width), value=1)
+    own = batch.attends.expand(len(prefix), -1, -1)
+    return _spell(model, torch.cat([prefix.bool()[:, None].expand(-1, width, -1), own], dim=2))
+
+
+def _looks_at_masks(model: PreTrainedModel) -> bool:
+    """Whether transformers looks at the numbers of a mask `[N, T]`, for which it waits for the device.
+
+    It does for fused attention, which can take the whole `[N, T, P+T]` instead; not where only the model itself knows
+    how far a token sees.
+    """
+    return bool(model.config._attn_implementation == "sdpa") and _window(model) == math.inf
+
+
+def _window(model: PreTrainedModel) -> float:
+    """How far back a token sees: a mask of our own would put the model's own window out of force."""
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    return min(getattr(model.config, name, None) or math.inf for name in names)
+
+
+def _spell(model: PreTrainedModel, attends: Tensor) -> Tensor:
+    """`[N, T, P+T]` whether one attends to the other, as what is added to the scores `[N, 1, T, P+T]`."""
     least = torch.finfo(model.dtype).min
-    return torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, least)
+    return torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, least)[:, None]
 
 
 def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:
@@ -240,9 +288,8 @@ def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor,
     """`[K, P, H]` in the model's type and `[K, P]` ones and zeros, P being the longest of the lengths."""
     longest = max(len(p) for p in prompts)
     prefix = torch.stack([nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts])
-    lengths = torch.tensor([[len(p)] for p in prompts], device=prefix.device)
-    columns = torch.arange(longest, device=prefix.device)
-    return prefix.to(model.dtype), (columns >= longest - lengths).long()
+    mask = (torch.arange(longest) >= longest - torch.tensor([[len(p)] for p in prompts])).long()
+    return prefix.to(model.dtype), send(mask, prefix.device)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -101,6 +101,38 @@ def test_all_compositions_agree(kind: str, compose: Composition[Any]) -> None:
     assert_same(run(concatenate, base, prompts, batch), run(compose, base, prompts, batch))
 
 
+@pytest.mark.parametrize("lengths", [[2, 6, 0], [4, 4, 4]])
+@pytest.mark.parametrize("kind", [kind for kind in SHARED if kind != "bloom"])  # has no fused attention
+def test_fused_attention_agrees(kind: str, lengths: list[int]) -> None:
+    """As models attend on a GPU: with no mask where all prompts are of one length, else with a whole one."""
+    base = tiny_backbone(kind, attn_implementation="sdpa")
+    assert base.branches
+    batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)]), [1, 0, 2, 1])
+    prompts = draw_prompts(lengths)
+    assert_same(run(concatenate, backbone(kind), prompts, batch), run(shared_prefix, base, prompts, batch))
+
+
+@pytest.mark.parametrize("lengths", [[2, 6, 0], [4, 4, 4]])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "falcon"])
+def test_a_pass_waits_for_no_number_of_the_device(kind: str, lengths: list[int]) -> None:
+    """Tensors of the meta device have no numbers: whoever asks for one raises."""
+    base = tiny_backbone(kind, attn_implementation="sdpa")
+    model, meta = base.model.to("meta"), torch.device("meta")
+    batch = collate(draw_examples([(4, 1), (7, 3), (1, 2)]), [1, 0, 2], pad=0, device=meta)
+    prompts = [nn.Parameter(prompt.to(meta)) for prompt in draw_prompts(lengths)]
+    logits = shared_prefix(model, prompts, batch)
+    nn.functional.cross_entropy(logits, batch.targets).backward()
+    assert all(prompt.grad is not None for prompt in prompts)
+
+
+def test_columns_are_a_multiple_of_what_is_asked_for() -> None:
+    examples, prompts = draw_examples([(4, 1), (7, 3), (1, 2)]), draw_prompts([3])
+    tight, wide = (collate(examples, [0] * 3, pad=0, device=CPU, multiple=n) for n in (1, 8))
+    assert (tight.tokens.shape[1], wide.tokens.shape[1]) == (9, 16)
+    for compose in (concatenate, shared_prefix, written_out):
+        assert_same(run(compose, backbone("llama"), prompts, tight), run(compose, backbone("llama"), prompts, wide))
+
+
 @pytest.mark.parametrize("kind", GATED)
 def test_layers_written_out_are_as_near_to_float32_as_the_models_own(kind: str) -> None:
     """In bfloat16 every order of operations rounds otherwise: what counts is the distance to the exact numbers."""

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from softprompt.composition import Composition, as_prefix, concatenate, extend, shared_prefix
+from softprompt.composition import Composition, as_prefix, concatenate, extend, send, shared_prefix
 from softprompt.decoder import fits, written_out
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.errors import UserError
@@ -105,9 +105,7 @@ class Backbone:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """The embeddings of N tokens as the model looks them up, `[N, H]` in float32; some models scale them."""
         with torch.no_grad():
-            embedded: Tensor = self.model.get_input_embeddings()(
-                torch.tensor(ids, dtype=torch.long, device=self.device)
-            )
+            embedded: Tensor = self.model.get_input_embeddings()(send(torch.tensor(ids, dtype=torch.long), self.device))
         return embedded.float()
 
     def extend(self, prompts: Sequence[Tensor], tokens: Sequence[int]) -> list[Tensor]:

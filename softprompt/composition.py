@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from softprompt.prefix import Layers, is_prefix, mix, separate, side_by_side
+from softprompt.prefix import Layers, is_prefix, length_of, mix, separate, side_by_side
 
 States = TypeVar("States")
 
@@ -57,6 +57,8 @@ class Batch:
     """`[M]` token id that is to be predicted there."""
     tree: "Tree | None" = None
     """Branching continuations of the inputs, in the last S columns of `tokens`."""
+    first: int = 0
+    """No place is left of this column; a number of the host's, for which no device has to be waited for."""
 
     @property
     def places(self) -> Tensor:
@@ -128,10 +130,21 @@ def lift(examples: Sequence[Example]) -> tuple[tuple[int, ...], list[Example]]:
     return first[:count], [Example(e.inputs[count:], e.target) for e in examples]
 
 
-def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, device: torch.device) -> Batch:
-    """Lay N examples out as a `Batch`; `owner[n]` is the prompt of example n."""
+_WIDTHS = {"cuda": 16}
+"""By kind of device, what the columns of a batch are a multiple of: few widths, so that what is compiled for one serves
+many batches."""
+
+
+def collate(
+    examples: Sequence[Example], owner: Sequence[int], *, pad: int, device: torch.device, multiple: int | None = None
+) -> Batch:
+    """Lay N examples out as a `Batch`; `owner[n]` is the prompt of example n.
+
+    The columns are a multiple of what the device wants, or of the number given.
+    """
     lines = [[*e.inputs, *e.target[:-1]] for e in examples]
-    longest = max(map(len, lines))
+    multiple = multiple or _WIDTHS.get(device.type, 1)
+    longest = math.ceil(max(map(len, lines)) / multiple) * multiple
     places = [(n, len(e.inputs) - 1 + t, token) for n, e in enumerate(examples) for t, token in enumerate(e.target)]
     laid_out = (
         torch.tensor([line + [pad] * (longest - len(line)) for line in lines]),
@@ -140,7 +153,14 @@ def collate(examples: Sequence[Example], owner: Sequence[int], *, pad: int, devi
         torch.tensor(owner),
         *torch.tensor(places, dtype=torch.long).T,
     )
-    return Batch(*(part.to(device, non_blocking=True) for part in laid_out))
+    first = min(column for _, column, _ in places)
+    tokens, lengths, ends, owners, rows, columns, targets = (send(part, device) for part in laid_out)
+    return Batch(tokens, lengths, ends, owners, rows, columns, targets, first=first)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device, which has not to be waited for: what it does meanwhile goes on."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> Batch:
@@ -157,7 +177,8 @@ def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> 
     nodes = torch.arange(width, width + size, device=device).expand(len(inputs), -1)
     columns = torch.cat([line.columns[:, None], nodes], dim=1).flatten()
     rows = line.rows.repeat_interleave(1 + size)
-    return Batch(tokens, line.lengths, line.ends, line.owner, rows, columns, tokens[rows, columns], tree)
+    targets = tokens[rows, columns]
+    return Batch(tokens, line.lengths, line.ends, line.owner, rows, columns, targets, tree, line.first)
 
 
 def unfold(batch: Batch) -> Batch:
@@ -179,6 +200,7 @@ def unfold(batch: Batch) -> Batch:
         batch.rows * count + torch.where(inside, paths.holds[node], 0),
         torch.where(inside, batch.ends[batch.rows] + tree.depths[node], batch.columns),
         batch.targets,
+        first=batch.first,
     )
 
 
@@ -271,23 +293,37 @@ class PrefixStates:
     """One row per prompt; None where all prompts are empty."""
     mask: Tensor
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
+    even: bool = False
+    """Whether it is known that the mask has no zeros."""
 
 
 def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
     """Run K prompts `[P_k, H]` through the model, once each; prefixes stand beside them as they are."""
     if any(map(is_prefix, prompts)):
-        keys, values, mask = mix(prompts, model.dtype, lambda soft: _leave(model, *pad_left(soft, model)))
-        return PrefixStates(DynamicCache(list(zip(keys, values, strict=True))), mask)
+        keys, values, mask = mix(prompts, model.dtype, lambda soft: _leave(model, *pad_left(soft, model), _even(soft)))
+        return PrefixStates(DynamicCache(list(zip(keys, values, strict=True))), mask, _even(prompts))
     prefix, mask = pad_left(prompts, model)
-    return PrefixStates(_read(model, prefix, mask) if prefix.shape[1] else None, mask)
+    even = _even(prompts)
+    return PrefixStates(_read(model, prefix, mask, even) if prefix.shape[1] else None, mask, even)
 
 
-def _read(model: PreTrainedModel, vectors: Tensor, mask: Tensor, before: Cache | None = None) -> Cache:
-    """What K rows of C vectors `[K, C, H]` leave behind what is there before; `mask` `[K, P+C]` is of both."""
+def _even(prompts: Sequence[Tensor]) -> bool:
+    """Whether prompts of either kind are of one length."""
+    return len(set(map(length_of, prompts))) == 1
+
+
+def _read(model: PreTrainedModel, vectors: Tensor, mask: Tensor, even: bool, before: Cache | None = None) -> Cache:
+    """What K rows of C vectors `[K, C, H]` leave behind what is there before; `mask` `[K, P+C]` is of both.
+
+    `even` says that the mask is known to have no zeros.
+    """
+    count, width = vectors.shape[1], mask.shape[1]
+    own = torch.eye(count, width, dtype=torch.bool, device=mask.device).roll(width - count, 1)
+    attends = (mask.bool()[:, None] | own).tril(width - count)  # even padding attends to something
     cache: Cache = model(
         inputs_embeds=vectors.to(model.dtype),
-        attention_mask=None if bool(mask.all()) else mask,
-        position_ids=positions(mask)[:, -vectors.shape[1] :],
+        attention_mask=None if even else _spell(model, attends) if _looks_at_masks(model) else mask,
+        position_ids=positions(mask)[:, -count:],
         past_key_values=before,
         use_cache=True,
         logits_to_keep=1,
@@ -295,20 +331,20 @@ def _read(model: PreTrainedModel, vectors: Tensor, mask: Tensor, before: Cache |
     return cache
 
 
-def _leave(model: PreTrainedModel, vectors: Tensor, mask: Tensor, before: Layers = ()) -> Layers:
+def _leave(model: PreTrainedModel, vectors: Tensor, mask: Tensor, even: bool, before: Layers = ()) -> Layers:
     """The keys and values in every layer of C vectors behind what is there before, all of them.
 
     The cache that a model makes of its own may forget what its attention window has passed.
     """
     cache = DynamicCache(list(before))
-    _read(model, vectors, mask, cache)
+    _read(model, vectors, mask, even, cache)
     own = slice(-vectors.shape[1], None)
     return [(keys[:, :, own], values[:, :, own]) for keys, values, _ in cache]
 
 
 def as_prefix(model: PreTrainedModel, prompt: Tensor) -> Tensor:
     """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves, P > 0: the same prompt, one step on."""
-    return separate(_leave(model, *pad_left([prompt], model)), [len(prompt)])[0]
+    return separate(_leave(model, *pad_left([prompt], model), True), [len(prompt)])[0]
 
 
 def extend(model: PreTrainedModel, prompts: Sequence[Tensor], vectors: Tensor) -> list[Tensor]:
@@ -322,7 +358,8 @@ def _lengthen(model: PreTrainedModel, prefixes: Sequence[Tensor], vectors: Tenso
         return []
     keys, values, mask = side_by_side(prefixes, model.dtype)
     mask = nn.functional.pad(mask, (0, len(vectors)), value=1)
-    left = _leave(model, vectors.expand(len(prefixes), -1, -1), mask, zip(keys, values, strict=True))
+    each, even = vectors.expand(len(prefixes), -1, -1), _even(prefixes)
+    left = _leave(model, each, mask, even, zip(keys, values, strict=True))
     behind = separate(left, [len(vectors)] * len(prefixes))
     return [torch.cat(pair, dim=3) for pair in zip(prefixes, behind, strict=True)]
 
@@ -333,36 +370,54 @@ def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tenso
     if batch.tree is not None and mask.shape[1] + batch.tokens.shape[1] > _window(model):
         batch = unfold(batch)
         mask = states.mask[batch.owner]
-    keep, place = torch.unique(batch.columns, return_inverse=True)
     logits: Tensor = model(
-        input_ids=batch.tokens,
-        attention_mask=_mask(model, mask, batch),
+        inputs_embeds=model.get_input_embeddings()(batch.tokens),  # some models look at ids for padding, and wait
+        attention_mask=_mask(model, mask, batch, even=states.even),
         position_ids=mask.sum(1, keepdim=True) + batch.places,
         past_key_values=states.cache and select_rows(states.cache, batch.owner),
         use_cache=states.cache is not None,
-        logits_to_keep=keep,
+        logits_to_keep=batch.tokens.shape[1] - batch.first,
     ).logits
-    return logits[batch.rows, place]
+    return logits[batch.rows, batch.columns - batch.first]
 
 
 shared_prefix = Composition("shared prefix", _prefix_states, _attend)
 
 
-def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch) -> Tensor | None:
-    """What the model is told of who attends to whom, in the shape that it needs; `prefix` is `[N, P]`."""
+def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch, *, even: bool) -> Tensor | None:
+    """What the model is told of who attends to whom, in the shape that it needs.
+
+    `prefix` is `[N, P]`; `even` says that it is known to have no zeros.
+    """
     width = batch.tokens.shape[1]
-    if batch.tree is None:
+    if batch.tree is None and even:
         # Right padding needs no mask: the columns after a row's end are read by nobody.
-        return None if bool(prefix.all()) else nn.functional.pad(prefix, (0, width), value=1)
-    attends = torch.cat([prefix.bool()[:, None].expand(-1, width, -1), batch.attends], dim=2)[:, None]
-    least = torch.finfo(model.dtype).min
-    return torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, least)
+        return None
+    if batch.tree is None and not _looks_at_masks(model):
+        return nn.functional.pad(prefix, (0, width), value=1)
+    own = batch.attends.expand(len(prefix), -1, -1)
+    return _spell(model, torch.cat([prefix.bool()[:, None].expand(-1, width, -1), own], dim=2))
+
+
+def _looks_at_masks(model: PreTrainedModel) -> bool:
+    """Whether transformers looks at the numbers of a mask `[N, T]`, for which it waits for the device.
+
+    It does for fused attention, which can take the whole `[N, T, P+T]` instead; not where only the model itself knows
+    how far a token sees.
+    """
+    return bool(model.config._attn_implementation == "sdpa") and _window(model) == math.inf
 
 
 def _window(model: PreTrainedModel) -> float:
     """How far back a token sees: a mask of our own would put the model's own window out of force."""
     names = ("sliding_window", "attention_chunk_size", "window_size")
     return min(getattr(model.config, name, None) or math.inf for name in names)
+
+
+def _spell(model: PreTrainedModel, attends: Tensor) -> Tensor:
+    """`[N, T, P+T]` whether one attends to the other, as what is added to the scores `[N, 1, T, P+T]`."""
+    least = torch.finfo(model.dtype).min
+    return torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, least)[:, None]
 
 
 def select_rows(cache: Cache, rows: Tensor) -> Cache:
@@ -379,9 +434,8 @@ def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor,
     """`[K, P, H]` in the model's type and `[K, P]` ones and zeros, P being the longest of the lengths."""
     longest = max(len(p) for p in prompts)
     prefix = torch.stack([nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts])
-    lengths = torch.tensor([[len(p)] for p in prompts], device=prefix.device)
-    columns = torch.arange(longest, device=prefix.device)
-    return prefix.to(model.dtype), (columns >= longest - lengths).long()
+    mask = (torch.arange(longest) >= longest - torch.tensor([[len(p)] for p in prompts])).long()
+    return prefix.to(model.dtype), send(mask, prefix.device)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -4,13 +4,10 @@ A cost is an estimate from one pass of each kind: what is recorded meanwhile is 
 """
 
 import random
-import time
-from collections.abc import Callable
 from math import ceil
 
-import torch
-from torch import Tensor
-
+from softprompt.device import memory, time_run
+from softprompt.sizing import choose_slots, estimate_memory
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
 from softprompt.training import forward
 from softprompt.workbench import Workbench
@@ -20,11 +17,15 @@ def plan(bench: Workbench) -> dict[str, str]:
     """A search and what follows it, by subject, with its cost."""
     experiment = bench.experiment
     trials, minutes = experiment.budget.trials, experiment.budget.minutes
+    choice = choose_slots(bench)
+    slots = min(choice.slots, trials or choice.slots)
     return {
         **_describe_materials(bench),
         "search": _describe_search(experiment),
         "budget": " or ".join(([_count(trials)] if trials else []) + ([f"{minutes:g} minutes"] if minutes else [])),
-        **_describe_cost(bench),
+        "slots": str(choice),
+        "memory": estimate_memory(bench).describe(slots, memory(bench.backbone.device)[0]),
+        **_describe_cost(bench, slots),
     }
 
 
@@ -49,7 +50,7 @@ def _describe_materials(bench: Workbench) -> dict[str, str]:
 
 
 def _describe_search(experiment: ExperimentSpec) -> str:
-    search, given = experiment.search, _given(experiment)
+    search, given = experiment.search, experiment.given
     if given:
         return f"none, only search.start: {'; '.join(map(_describe_point, given))}"
     kinds = ", ".join(spec.kind for spec in search.initialization)
@@ -68,12 +69,6 @@ def _count(trials: int) -> str:
     return "1 trial" if trials == 1 else f"{trials} trials"
 
 
-def _given(experiment: ExperimentSpec) -> tuple[StartPoint, ...]:
-    """The trials, where the starting points are all of them."""
-    start, trials = experiment.search.start, experiment.budget.trials
-    return start[:trials] if trials and len(start) >= trials else ()
-
-
 def _describe(value: object) -> str:
     if isinstance(value, FloatRange):
         return f"{value.low:g} to {value.high:g}{' (log)' if value.log else ''}"
@@ -82,11 +77,10 @@ def _describe(value: object) -> str:
     return str(value)
 
 
-def _describe_cost(bench: Workbench) -> dict[str, str]:
+def _describe_cost(bench: Workbench, slots: int) -> dict[str, str]:
     """One trial alone in its lane, and the search with as many trials side by side as there are slots."""
     experiment, training = bench.experiment, bench.experiment.training
     trials, minutes = experiment.budget.trials, experiment.budget.minutes
-    slots = min(experiment.execution.slots, trials or experiment.execution.slots)
     token = _seconds_per_token(bench)
     step, score = _time_step(bench, slots), token * _tokens(bench, "validation")
     # Slots share a step, but are scored one after the other.
@@ -119,24 +113,13 @@ def _tokens(bench: Workbench, split: str) -> int:
     return sum(map(len, bench.split(split).inputs))
 
 
-def _longest(experiment: ExperimentSpec) -> int:
-    given = _given(experiment)
-    return max(point.length for point in given) if given else experiment.search.longest
-
-
-def _longest_prompt(bench: Workbench) -> Tensor:
-    """A soft prompt, which costs more than a prefix, where both are searched."""
-    vectors = torch.zeros(_longest(bench.experiment), bench.backbone.hidden_size)
-    return vectors if "prompt_tuning" in bench.experiment.search.methods else bench.backbone.as_prefix(vectors)
-
-
 def _time_step(bench: Workbench, slots: int) -> float:
     """Seconds of a forward and backward pass of a batch for each slot after the longest prompt.
 
     The batch is drawn as in training, so that it is padded as there; the optimizer is left out.
     """
     backbone = bench.backbone
-    prompts = [_longest_prompt(bench).to(backbone.device).requires_grad_() for _ in range(slots)]
+    prompts = [bench.longest_prompt.to(backbone.device).requires_grad_() for _ in range(slots)]
     size = bench.experiment.training.batch_size
     drawn = random.Random(0).choices(bench.examples, k=slots * size)
     owners = [n // size for n in range(len(drawn))]
@@ -144,27 +127,11 @@ def _time_step(bench: Workbench, slots: int) -> float:
     def run() -> None:
         forward(backbone, prompts, drawn, owners)[0].float().logsumexp(1).sum().backward()
 
-    return _time(run, backbone.device)
+    return time_run(run, backbone.device)
 
 
 def _seconds_per_token(bench: Workbench) -> float:
     """Seconds of scoring for each token of input, from one batch of middling rows after the longest prompt."""
     inputs = sorted(bench.split("validation").inputs, key=len)
     part = inputs[max(0, len(inputs) // 2 - 32) :][:64]
-    prompt = _longest_prompt(bench)
-    return _time(lambda: bench.score(prompt, part), bench.backbone.device) / sum(map(len, part))
-
-
-def _time(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, after one to warm up."""
-    run()
-    _wait(device)
-    began = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return time_run(lambda: bench.score(bench.longest_prompt, part), bench.backbone.device) / sum(map(len, part))

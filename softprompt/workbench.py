@@ -112,6 +112,12 @@ class Workbench:
         targets = list(self.labels.values())
         return [Example(row, targets[gold]) for row, gold in zip(split.inputs, split.gold, strict=True)]
 
+    @property
+    def longest_prompt(self) -> Tensor:
+        """Zeros in the shape of the costliest prompt that may be tried: a soft prompt costs more than a prefix."""
+        vectors = torch.zeros(self.experiment.longest, self.backbone.hidden_size)
+        return vectors if "prompt_tuning" in self.experiment.search.methods else self.backbone.as_prefix(vectors)
+
     def score(self, prompt: Tensor, inputs: Sequence[Sequence[int]]) -> Scores:
         """Scores of the labels for each input, after a prompt `[P, H]`, P may be 0, or a prefix `[L, 2, G, P, D]`."""
         return Classifier(self.backbone, prompt, list(self.labels.values())).score(inputs)

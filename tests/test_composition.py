@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -37,7 +38,9 @@ GATED = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
 SHARED = [*GATED, *WINDOWS, "gemma2", "gemma3_text", "gpt2", "opt", "bloom", "falcon"]
 CAUSAL = [*SHARED, "mamba"]
 ENCODERS = ["t5", "bart"]
-FAST = [*((name, shared_prefix) for name in SHARED), *((name, written_out) for name in GATED)]
+IN_TWO_STEPS = replace(written_out, together=None)
+FAST: list[tuple[str, Composition[Any]]] = [(name, shared_prefix) for name in SHARED]
+FAST += [(name, compose) for name in GATED for compose in (written_out, IN_TWO_STEPS)]
 CHOSEN = (
     dict.fromkeys(SHARED, shared_prefix)
     | dict.fromkeys(GATED, written_out)
@@ -148,6 +151,38 @@ def test_the_side_of_the_padding_changes_nothing(name: str) -> None:
     base, prompts = backbone(name), draw_prompts([2, 6, 0])
     batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)]), [1, 0, 2, 1])
     assert_same(run(concatenate, base, prompts, batch), run(concatenate_left, base, prompts, batch))
+
+
+@pytest.mark.parametrize("lengths", [[2, 6, 0], [4, 4, 4]])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "opt", "falcon"])
+def test_fused_attention_agrees(kind: str, lengths: list[int]) -> None:
+    """As models attend on a GPU: with no mask where all prompts are of one length, else with a whole one."""
+    base = tiny_backbone(kind, attn_implementation="sdpa")
+    assert base.branches
+    batch = lay_out(draw_examples([(4, 1), (7, 3), (1, 2), (9, 1)]), [1, 0, 2, 1])
+    prompts = draw_prompts(lengths)
+    assert_same(run(concatenate, backbone(kind), prompts, batch), run(shared_prefix, base, prompts, batch))
+
+
+@pytest.mark.parametrize("lengths", [[2, 6, 0], [4, 4, 4]])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "falcon"])
+def test_a_pass_waits_for_no_number_of_the_device(kind: str, lengths: list[int]) -> None:
+    """Tensors of the meta device have no numbers: whoever asks for one raises."""
+    base = tiny_backbone(kind, attn_implementation="sdpa")
+    model, meta = nn.Module.to(base.model, "meta"), torch.device("meta")
+    batch = collate(draw_examples([(4, 1), (7, 3), (1, 2)]), [1, 0, 2], pad=0, device=meta)
+    prompts = [nn.Parameter(prompt.to(meta)) for prompt in draw_prompts(lengths)]
+    logits = shared_prefix(model, prompts, batch)
+    nn.functional.cross_entropy(logits, batch.targets).backward()
+    assert all(prompt.grad is not None for prompt in prompts)
+
+
+def test_columns_are_a_multiple_of_what_is_asked_for() -> None:
+    examples, prompts = draw_examples([(4, 1), (7, 3), (1, 2)]), draw_prompts([3])
+    tight, wide = (collate(examples, [0] * 3, pad=0, device=CPU, multiple=n) for n in (1, 8))
+    assert (tight.tokens.shape[1], wide.tokens.shape[1]) == (9, 16)
+    for compose in (concatenate, shared_prefix, written_out):
+        assert_same(run(compose, backbone("llama"), prompts, tight), run(compose, backbone("llama"), prompts, wide))
 
 
 @pytest.mark.parametrize("kind", GATED)

@@ -238,6 +238,9 @@ def test_a_trial_does_not_depend_on_its_neighbours(run, alone, tmp_path):
         assert record.score == alone.records[number].score
         torch.testing.assert_close(theirs.vectors, ours.vectors, rtol=1e-4, atol=1e-5)
 
+    sweep = MlflowClient(tracking_uri()).get_run(together.sweep.run_id)
+    assert sweep.data.tags["softprompt.slots"] == "3, as execution.slots says"
+
 
 def test_the_library_alone_trains_the_same_prompt(alone, tmp_path):
     assert torch.equal(tune(alone.bench, dict(NORMAL), number=1).vectors, alone.prompt(1, tmp_path).vectors)

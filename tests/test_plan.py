@@ -1,5 +1,6 @@
 """What a plan says of an experiment; how long it takes is the machine's business."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ def test_a_plan_tells_search_and_cost(tmp_path: Path, slots: int):
     assert "length 1 to 8 (log)" in lines["search"]
     assert lines["budget"] == "4 trials"
     assert ("3 trials side by side" in lines["trial"]) == (slots == 3)
+    assert lines["slots"] == f"{slots}, as execution.slots says"
+    assert re.fullmatch(r"weights .*; a step about .* more, .* a row and .* a prompt; .* are free", lines["memory"])
     assert "of search if no trial is pruned" in lines["cost"]
     assert "60 test rows" in lines["cost"]
 

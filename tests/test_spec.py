@@ -50,6 +50,12 @@ def test_the_default_experiment_is_valid():
         ("budget={}", "budget: give trials, minutes or both"),
         ("name=A film", "name: String should match pattern"),
         ("precision=int8", "precision: Input should be 'bfloat16' or 'float32', found 'int8'"),
+        ("execution.slots=0", "execution.slots: Input should be greater than or equal to 1, found 0"),
+        (
+            "execution.slots=1.5",
+            "execution.slots: Input should be a valid integer, got a number with a fractional part",
+        ),
+        ("execution.slots=many", "execution.slots: Input should be 'auto', found 'many'"),
         ("execution.device=gpu", "execution.device: String should match pattern"),
         ("model.kind=zip", "model.kind: must be one of 'package', 'hub', 'local', found 'zip'"),
         ("model={}", "model.kind: is required and missing"),

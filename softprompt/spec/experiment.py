@@ -6,14 +6,14 @@ no postponed annotations in this package.
 
 import hashlib
 import json
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from softprompt.spec.base import Slug, Spec
 from softprompt.spec.data import DataSpec, LabelSpec, SplitSpec
 from softprompt.spec.model import ModelSpec
-from softprompt.spec.search import SearchSpec
+from softprompt.spec.search import SearchSpec, StartPoint
 from softprompt.template import columns_of
 
 
@@ -66,6 +66,12 @@ class EvaluationSpec(Spec):
     """A plain instruction put before the input as text: what you would do without a soft prompt."""
 
 
+Slots = Annotated[
+    Annotated[Annotated[int, Field(ge=1, le=256)], Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(lambda value: "number" if isinstance(value, int | float) else "word"),
+]
+
+
 class ExecutionSpec(Spec):
     """Where and how it runs; outside the fingerprint, as it changes no trial's result.
 
@@ -74,8 +80,9 @@ class ExecutionSpec(Spec):
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    slots: int = Field(default=1, ge=1, le=256)
-    """Prompts trained side by side through one frozen forward pass (K)."""
+    slots: Slots = "auto"
+    """Prompts trained side by side through one frozen forward pass (K), or `auto`: 1 on a CPU, on a GPU as many as
+    still gain something and fit its memory, by a short measurement."""
 
 
 class ExperimentSpec(Spec):
@@ -127,6 +134,17 @@ class ExperimentSpec(Spec):
     def rungs(self) -> list[int]:
         """The steps after which a trial is scored on the validation split; the last is `training.steps`."""
         return self.search.pruner.rungs(self.training.steps)
+
+    @property
+    def given(self) -> tuple[StartPoint, ...]:
+        """The trials of the search, where its starting points are all of them."""
+        start, trials = self.search.start, self.budget.trials
+        return start[:trials] if trials and len(start) >= trials else ()
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest prompt that may be trained."""
+        return max((point.length for point in self.given), default=self.search.longest)
 
     def with_one_trial(self) -> Self:
         """The same experiment with a budget of one trial: the first of its starting points, if it has any."""

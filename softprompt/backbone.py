@@ -111,26 +111,33 @@ class Backbone:
         """The fastest composition that is exact for this model; the plain concatenation if none is."""
         # A GPU has the model's own fused attention.
         fast = self.device.type == "cpu" and fits(self.model)
-        candidates: list[Composition[Any]] = [written_out, shared_prefix] if fast else [shared_prefix]
-        for composition in candidates:
-            if self.deviation(composition) <= _TOLERANCE[self.model.dtype]:
-                return composition
-        return concatenate
+        return written_out if fast and self._is_exact(written_out) else self.native
+
+    @cached_property
+    def native(self) -> Composition[Any]:
+        """The fastest exact composition that calls the model's own layers, as dropout and checkpointing need."""
+        return shared_prefix if self._is_exact(shared_prefix) else concatenate
+
+    def _is_exact(self, composition: Composition[Any]) -> bool:
+        return self.deviation(composition) <= _TOLERANCE[self.model.dtype]
 
     @cached_property
     def branches(self) -> bool:
         """Whether continuations on branches of one row have the logits that each has on a row of its own."""
+        return all(map(self._branches_in, {self.composition, self.native}))
+
+    def _branches_in(self, composition: Composition[Any]) -> bool:
         device, (a, b, c) = self.device, (len(self.embeddings) // n for n in (3, 4, 5))
         prompt = self.embeddings[[c, a]].float()
         ancestors = torch.tensor([[True, False, False], [False, True, False], [True, False, True]], device=device)
         tree = Tree(torch.tensor([a, b, c], device=device), torch.tensor([0, 0, 1], device=device), ancestors)
         inputs = [(b, c), (a, b, c, a)]
         with torch.inference_mode():
-            states = self.composition.keep(self.model, [prompt])
+            states = composition.keep(self.model, [prompt])
             lines = [Example(row, (*line, 0)) for row in inputs for line in ((a, c), (b,))]
-            alone = self.composition.attend(self.model, states, collate(lines, [0] * 4, pad=self.pad, device=device))
+            alone = composition.attend(self.model, states, collate(lines, [0] * 4, pad=self.pad, device=device))
             try:
-                found = self.composition.attend(self.model, states, collate_tree(inputs, tree, pad=self.pad))
+                found = composition.attend(self.model, states, collate_tree(inputs, tree, pad=self.pad))
             except (AttributeError, TypeError, ValueError, RuntimeError):
                 return False
         # Of each input: its end, a, a c; its end, b. And in the tree: its end, a, b, a c.

@@ -15,7 +15,7 @@ Nothing here chooses data, trains or scores.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,8 @@ class Composition(Generic[States]):
     """What K prompts `[P_k, H]` leave; inference computes it once."""
     attend: Callable[[PreTrainedModel, States, Batch], Tensor]
     """Logits `[M, V]` of the batch's rows, each after the prompt that owns it."""
+    map: Callable[[States, Callable[[Tensor], Tensor]], States]
+    """The states with a function applied to each tensor through which prompts reach the rows."""
 
     def __call__(self, model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
         """Logits `[M, V]` at the batch's predicting places; P_k may be 0."""
@@ -168,7 +170,9 @@ def _concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch
     return logits[batch.rows, place]
 
 
-concatenate = Composition("concatenation", lambda model, prompts: prompts, _concatenate)
+concatenate = Composition(
+    "concatenation", lambda model, prompts: prompts, _concatenate, lambda prompts, change: list(map(change, prompts))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,14 @@ class PrefixStates:
     """One row per prompt; None where all prompts are empty."""
     mask: Tensor
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PrefixStates":
+        """These states with a function applied to the keys and values of every layer."""
+        cache = _copy(self.cache)
+        layers: list[Any] = cache.layers if cache else []
+        for layer in layers:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+        return PrefixStates(cache, self.mask)
 
 
 def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
@@ -211,7 +223,7 @@ def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tenso
     return logits[batch.rows, place]
 
 
-shared_prefix = Composition("shared prefix", _prefix_states, _attend)
+shared_prefix = Composition("shared prefix", _prefix_states, _attend, PrefixStates.map)
 
 
 def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch) -> Tensor | None:
@@ -226,14 +238,21 @@ def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch) -> Tensor | None
 
 
 def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:
+    rows = _copy(cache)
+    layers: list[Any] = rows.layers if rows else []
+    for layer in layers:
+        # A layer that keeps no keys and values has no such method: the self-check takes that for an answer.
+        layer.batch_select_indices(owner)
+    return rows
+
+
+def _copy(cache: Cache | None) -> Cache | None:
+    """A cache with layers of its own, which hold the same tensors."""
     if cache is None:
         return None
-    rows = copy.copy(cache)
-    rows.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in rows.layers:
-        # A layer that keeps no keys and values has no such method: the self-check takes that for an answer.
-        layer.batch_select_indices(owner)  # type: ignore[union-attr]
-    return rows
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    return own
 
 
 def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ A model is taken if it has these parts and no others (`fits`), and used so if it
 (`Backbone.composition`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,10 @@ class Kept:
     mask: Tensor
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Kept":
+        """These states with a function applied to the keys and values of every layer."""
+        return Kept(list(map(change, self.keys)), list(map(change, self.values)), self.mask)
+
 
 def keep(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Kept:
     """Run K prompts `[P_k, H]` through the model, once each, as far as their last keys and values."""
@@ -82,7 +86,7 @@ def attend(model: PreTrainedModel, kept: Kept, batch: Batch) -> Tensor:
     return logits
 
 
-written_out = Composition("shared prefix, layers written out", keep, attend)
+written_out = Composition("shared prefix, layers written out", keep, attend, Kept.map)
 
 
 class _Pass:

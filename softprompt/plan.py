@@ -10,8 +10,8 @@ from math import ceil
 
 import torch
 
+from softprompt.passes import Work
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
-from softprompt.training import forward
 from softprompt.workbench import Workbench
 
 
@@ -53,7 +53,14 @@ def _describe_search(experiment: ExperimentSpec) -> str:
         points = (f"{p.initialization}, length {p.length}, learning rate {p.learning_rate:g}" for p in given)
         return f"none, only search.start: {'; '.join(points)}"
     kinds = ", ".join(spec.kind for spec in search.initialization)
-    return f"length {_describe(search.length)}; learning rate {_describe(search.learning_rate)}; initialization {kinds}"
+    told = f"length {_describe(search.length)}; learning rate {_describe(search.learning_rate)}; initialization {kinds}"
+    further = {
+        "reparameterization": " or ".join(spec.kind for spec in search.reparameterization),
+        "max_norm": _describe(search.max_norm),
+        "dropout": _describe(search.dropout),
+    }
+    off = {name: type(search).model_fields[name].default for name in further}
+    return "; ".join([told, *(f"{name} {v}" for name, v in further.items() if getattr(search, name) != off[name])])
 
 
 def _count(trials: int) -> str:
@@ -117,7 +124,7 @@ def _longest(experiment: ExperimentSpec) -> int:
 
 
 def _time_step(bench: Workbench, slots: int) -> float:
-    """Seconds of a forward and backward pass of a batch for each slot after the longest prompt.
+    """Seconds of the passes over a batch for each slot after the longest prompt.
 
     The batch is drawn as in training, so that it is padded as there; the optimizer is left out.
     """
@@ -126,12 +133,8 @@ def _time_step(bench: Workbench, slots: int) -> float:
     prompts = [torch.zeros(shape, device=backbone.device, requires_grad=True) for _ in range(slots)]
     size = bench.experiment.training.batch_size
     drawn = random.Random(0).choices(bench.examples, k=slots * size)
-    owners = [n // size for n in range(len(drawn))]
-
-    def run() -> None:
-        forward(backbone, prompts, drawn, owners)[0].float().logsumexp(1).sum().backward()
-
-    return _time(run, backbone.device)
+    work = Work(prompts, [drawn[n : n + size] for n in range(0, len(drawn), size)], bench.objective)
+    return _time(lambda: bench.passes.run(backbone, work), backbone.device)
 
 
 def _seconds_per_token(bench: Workbench) -> float:

@@ -92,6 +92,14 @@ SearchedCount = Annotated[
     _by_shape,
     AfterValidator(_above_zero),
 ]
+SearchedBound = Annotated[
+    Annotated[Positive | None, Tag("fixed")]
+    | Annotated[FloatRange, Tag("range")]
+    | Annotated[Choices[Positive | None], Tag("choices")],
+    _by_shape,
+    AfterValidator(_above_zero),
+]
+SearchedSwitch = Annotated[Annotated[bool, Tag("fixed")] | Annotated[Choices[bool], Tag("choices")], _by_shape]
 SearchedText = Annotated[Annotated[Words, Tag("fixed")] | Annotated[Choices[Words], Tag("choices")], _by_shape]
 
 
@@ -134,6 +142,23 @@ class LabelsInit(Spec):
 
 
 InitSpec = Annotated[UniformInit | NormalInit | VocabularyInit | TextInit | LabelsInit, Field(discriminator="kind")]
+
+
+class NoReparameterization(Spec):
+    """The prompt itself is trained."""
+
+    kind: Literal["none"] = "none"
+
+
+class ResidualReparameterization(Spec):
+    """Vectors and a network that all of them pass, with a skip connection; folded into the prompt after training."""
+
+    kind: Literal["residual"] = "residual"
+    bottleneck: SearchedCount = 128
+    """Width of the network's hidden layer."""
+
+
+ReparameterizationSpec = Annotated[NoReparameterization | ResidualReparameterization, Field(discriminator="kind")]
 
 
 class HalvingPruner(Spec):
@@ -216,6 +241,12 @@ class SearchSpec(Spec):
     """Where the prompt may start from; several kinds are searched over, with their own settings."""
     learning_rate: SearchedFloat
     """Peak learning rate of AdamW."""
+    reparameterization: tuple[ReparameterizationSpec, ...] = Field(default=(NoReparameterization(),), min_length=1)
+    """What the prompt is made of in training; several kinds are searched over, with their own settings."""
+    max_norm: SearchedBound = None
+    """Longest norm of a vector, in multiples of the mean norm of the model's embeddings; null leaves norms alone."""
+    dropout: SearchedSwitch = False
+    """Whether the frozen model's own dropout is on in training."""
     pruner: PrunerSpec
     """When to stop a weak trial, and when trials are scored."""
     startup_trials: int = Field(default=6, ge=0)
@@ -230,11 +261,22 @@ class SearchSpec(Spec):
             return self.length.high
         return max(self.length.choices) if isinstance(self.length, Choices) else self.length
 
+    @property
+    def may_drop_out(self) -> bool:
+        """Whether any trial may have dropout on."""
+        return True in self.dropout.choices if isinstance(self.dropout, Choices) else self.dropout
+
     @model_validator(mode="after")
     def _kinds_stand_once(self) -> Self:
+        for name in ("initialization", "reparameterization"):
+            kinds = [spec.kind for spec in getattr(self, name)]
+            if len(set(kinds)) != len(kinds):
+                raise ValueError(f"each kind of {name} stands once, got {kinds}; use {{choices: [...]}} inside it")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_lie_inside(self) -> Self:
         kinds = [i.kind for i in self.initialization]
-        if len(set(kinds)) != len(kinds):
-            raise ValueError(f"each kind of initialization stands once, got {kinds}; use {{choices: [...]}} inside it")
         for n, point in enumerate(self.start):
             if point.initialization not in kinds:
                 raise ValueError(f"start.{n}.initialization must be one of {kinds}, got {point.initialization!r}")

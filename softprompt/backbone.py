@@ -177,12 +177,13 @@ class Backbone:
         """
         if fault := self._probe.find_fault():
             raise self._refusal(fault)
-        exact = (c for c in self._candidates() if self.deviation(c) <= self._probe.tolerance)
-        chosen = next(exact, self._probe.formula)
-        if not self.before:
-            return chosen
+        return self._choose(self._candidates())
 
-        return chosen.behind(self.embed(self.before))
+    def _choose(self, candidates: Sequence[Composition[Any]]) -> Composition[Any]:
+        """The first that is exact, else the formula; with what stands before every prompt."""
+        exact = (c for c in candidates if self.deviation(c) <= self._probe.tolerance)
+        chosen = next(exact, self._probe.formula)
+        return chosen.behind(self.embed(self.before)) if self.before else chosen
 
     def _candidates(self) -> list[Composition[Any]]:
         """Quicker ways than the formula, the quickest first."""
@@ -193,6 +194,11 @@ class Backbone:
         return [written_out, shared_prefix] if fast else [shared_prefix]
 
     @cached_property
+    def native(self) -> Composition[Any]:
+        """The fastest exact composition that calls the model's own layers, as dropout and checkpointing need."""
+        return self._choose([] if self.is_encoder_decoder else [shared_prefix])
+
+    @cached_property
     def takes_prefixes(self) -> bool:
         """Whether the prefix that a soft prompt leaves has the logits of that one, beside another soft prompt."""
         return self._probe.deviation(self.composition, prefixes=True) <= self._probe.tolerance
@@ -200,7 +206,7 @@ class Backbone:
     @cached_property
     def branches(self) -> bool:
         """Whether continuations on branches of one row have the logits that each has on a row of its own."""
-        return self._probe.reads_branches(self.composition)
+        return all(map(self._probe.reads_branches, {self.composition, self.native}))
 
     def deviation(self, composition: Composition[Any]) -> float:
         """How far a composition is from the formula on a few random rows, relative to what the prompts change."""

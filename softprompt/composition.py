@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -213,6 +213,8 @@ class Composition(Generic[States]):
     """What K prompts leave, `[P_k, H]` or, where a model takes them, prefixes `[L, 2, G, P_k, D]`; computed once."""
     attend: Callable[[PreTrainedModel, States, Batch], Tensor]
     """Logits `[M, V]` of the batch's rows, each after the prompt that owns it."""
+    map: Callable[[States, Callable[[Tensor], Tensor]], States]
+    """The states with a function applied to each tensor through which prompts reach the rows."""
     together: Callable[[PreTrainedModel, Sequence[Tensor], Batch], Tensor] | None = None
     """Both steps at once, where that is quicker."""
 
@@ -279,9 +281,19 @@ def _concatenate(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch
     return logits[batch.rows, place]
 
 
-concatenate = Composition("concatenation", lambda model, prompts: prompts, _concatenate)
+def keep_as_they_are(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Where nothing of prompts can be computed before the rows."""
+    return prompts
+
+
+def map_prompts(prompts: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
+    """A function applied to each prompt."""
+    return list(map(change, prompts))
+
+
+concatenate = Composition("concatenation", keep_as_they_are, _concatenate, map_prompts)
 concatenate_left = Composition(
-    "concatenation, padded on the left", lambda model, prompts: prompts, partial(_concatenate, left=True)
+    "concatenation, padded on the left", keep_as_they_are, partial(_concatenate, left=True), map_prompts
 )
 
 
@@ -295,6 +307,16 @@ class PrefixStates:
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
     even: bool = False
     """Whether it is known that the mask has no zeros."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PrefixStates":
+        """These states with a function applied to the keys and values of every layer."""
+        if self.cache is None:
+            return self
+        cache = _copy(self.cache)
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+        return replace(self, cache=cache)
 
 
 def _prefix_states(model: PreTrainedModel, prompts: Sequence[Tensor]) -> PrefixStates:
@@ -381,7 +403,7 @@ def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tenso
     return logits[batch.rows, batch.columns - batch.first]
 
 
-shared_prefix = Composition("shared prefix", _prefix_states, _attend)
+shared_prefix = Composition("shared prefix", _prefix_states, _attend, PrefixStates.map)
 
 
 def _mask(model: PreTrainedModel, prefix: Tensor, batch: Batch, *, even: bool) -> Tensor | None:
@@ -422,12 +444,18 @@ def _spell(model: PreTrainedModel, attends: Tensor) -> Tensor:
 
 def select_rows(cache: Cache, rows: Tensor) -> Cache:
     """A cache of the given rows, in their order; the one given stays as it is."""
-    selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected = _copy(cache)
     for layer in selected.layers:
         # A layer that keeps no keys and values has no such method: the self-check takes that for an answer.
         layer.batch_select_indices(rows)  # type: ignore[union-attr]
     return selected
+
+
+def _copy(cache: Cache) -> Cache:
+    """A cache with layers of its own, which hold the same tensors."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    return own
 
 
 def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:

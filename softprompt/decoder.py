@@ -11,7 +11,7 @@ A model is taken if it has these parts and no others (`fits`), and used so if it
 (`Backbone.composition`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,10 @@ class Kept:
     values: list[Tensor]
     mask: Tensor
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Kept":
+        """These states with a function applied to the keys and values of every layer."""
+        return Kept(list(map(change, self.keys)), list(map(change, self.values)), self.mask)
 
 
 def keep(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Kept:
@@ -92,7 +96,7 @@ def together(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) ->
     return through.predict(*through.run(states, Kept([], [], mask)), batch)
 
 
-written_out = Composition("shared prefix, layers written out", keep, attend, together)
+written_out = Composition("shared prefix, layers written out", keep, attend, Kept.map, together)
 
 
 def _embed(model: PreTrainedModel, batch: Batch) -> Tensor:

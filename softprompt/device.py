@@ -74,27 +74,27 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(time_run(lambda: a @ b, device) for _ in range(5))
 
 
-def activation_bytes(run: Callable[[], Tensor], device: torch.device, frozen: Iterable[Tensor]) -> int:
+def activation_bytes(run: Callable[[], object], device: torch.device, frozen: Iterable[Tensor]) -> int:
     """Bytes that a pass takes beyond what is there before it.
 
-    On a GPU the most that is taken at any time of `run` and of its backward pass; on a CPU, whose memory is not counted
-    so, what `run` saves for the backward pass.
+    On a GPU the most that is taken at any time; on a CPU, whose memory is not counted so, what is saved for the
+    backward pass.
 
     Args:
-        run: computes a loss.
+        run: a forward and a backward pass.
         device: where.
         frozen: tensors that are there anyway, as the weights.
     """
     if device.type != "cuda":
         return _saved_bytes(run, frozen)
-    run().backward()  # the libraries take their own workspace once
+    run()  # the libraries take their own workspace once
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run().backward()
+    run()
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _saved_bytes(run: Callable[[], Tensor], frozen: Iterable[Tensor]) -> int:
+def _saved_bytes(run: Callable[[], object], frozen: Iterable[Tensor]) -> int:
     there = {tensor.untyped_storage().data_ptr() for tensor in frozen}
     saved: dict[int, int] = {}
 
@@ -104,6 +104,5 @@ def _saved_bytes(run: Callable[[], Tensor], frozen: Iterable[Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = run()
-    del loss  # until here it held what was saved, so that no two tensors had one place
+        run()
     return sum(size for place, size in saved.items() if place not in there)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from softprompt.composition import Batch, Composition, Tree, join, select_rows
+from softprompt.composition import Batch, Composition, Tree, join, keep_as_they_are, map_prompts, select_rows
 
 _DECODED = 64
 """Rows of the decoder that have their own copy of an input's keys and values at the same time."""
@@ -49,7 +49,7 @@ def _attend(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> 
     return logits[batch.rows, batch.columns + 1 - batch.ends[batch.rows]]
 
 
-encode_and_decode = Composition("concatenation before the encoder's input", lambda model, prompts: prompts, _attend)
+encode_and_decode = Composition("concatenation before the encoder's input", keep_as_they_are, _attend, map_prompts)
 
 
 def _decode_tree(model: PreTrainedModel, encoded: Any, mask: Tensor, begun: EncoderDecoderCache, tree: Tree) -> Tensor:

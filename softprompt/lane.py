@@ -173,7 +173,7 @@ class Lane:
 
     def _step(self) -> None:
         """One training step of every slot, and what follows from it."""
-        losses = step(self._bench.backbone, [r.tuning.slot for r in self._running]).tolist()
+        losses = step(self._bench.backbone, [r.tuning.slot for r in self._running], self._bench.passes).tolist()
         self._steps += len(losses)
         for running, loss in zip(list(self._running), losses, strict=True):
             running.tuning.losses.append(loss)

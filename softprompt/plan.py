@@ -7,9 +7,9 @@ import random
 from math import ceil
 
 from softprompt.device import memory, time_run
+from softprompt.passes import Work
 from softprompt.sizing import choose_slots, estimate_memory
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
-from softprompt.training import forward
 from softprompt.workbench import Workbench
 
 
@@ -54,10 +54,17 @@ def _describe_search(experiment: ExperimentSpec) -> str:
     if given:
         return f"none, only search.start: {'; '.join(map(_describe_point, given))}"
     kinds = ", ".join(spec.kind for spec in search.initialization)
-    return (
+    told = (
         f"{_describe(search.method)}; length {_describe(search.length)}; "
         f"learning rate {_describe(search.learning_rate)}; initialization {kinds}"
     )
+    further = {
+        "reparameterization": " or ".join(spec.kind for spec in search.reparameterization),
+        "max_norm": _describe(search.max_norm),
+        "dropout": _describe(search.dropout),
+    }
+    off = {name: type(search).model_fields[name].default for name in further}
+    return "; ".join([told, *(f"{name} {v}" for name, v in further.items() if getattr(search, name) != off[name])])
 
 
 def _describe_point(point: StartPoint) -> str:
@@ -114,7 +121,7 @@ def _tokens(bench: Workbench, split: str) -> int:
 
 
 def _time_step(bench: Workbench, slots: int) -> float:
-    """Seconds of a forward and backward pass of a batch for each slot after the longest prompt.
+    """Seconds of the passes over a batch for each slot after the longest prompt.
 
     The batch is drawn as in training, so that it is padded as there; the optimizer is left out.
     """
@@ -122,12 +129,8 @@ def _time_step(bench: Workbench, slots: int) -> float:
     prompts = [bench.longest_prompt.to(backbone.device).requires_grad_() for _ in range(slots)]
     size = bench.experiment.training.batch_size
     drawn = random.Random(0).choices(bench.examples, k=slots * size)
-    owners = [n // size for n in range(len(drawn))]
-
-    def run() -> None:
-        forward(backbone, prompts, drawn, owners)[0].float().logsumexp(1).sum().backward()
-
-    return time_run(run, backbone.device)
+    work = Work(prompts, [drawn[n : n + size] for n in range(0, len(drawn), size)], bench.objective)
+    return time_run(lambda: bench.passes.run(backbone, work), backbone.device)
 
 
 def _seconds_per_token(bench: Workbench) -> float:

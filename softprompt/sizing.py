@@ -7,11 +7,12 @@ slower, and K is 1 without a measurement. On a GPU K is doubled while that gains
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from softprompt.composition import Example
 from softprompt.device import activation_bytes, memory, time_run
-from softprompt.training import Slot, forward, step
+from softprompt.passes import Work
+from softprompt.training import Slot, step
 from softprompt.workbench import Workbench
 
 _GAIN = 1.05
@@ -131,11 +132,8 @@ def _bytes_of_step(bench: Workbench, frozen: list[Tensor], rows: Sequence[Exampl
     backbone = bench.backbone
     prompt = bench.longest_prompt.to(backbone.device).requires_grad_()
 
-    def loss() -> Tensor:
-        logits, batch = forward(backbone, [prompt], rows, [0] * len(rows))
-        return nn.functional.cross_entropy(logits.float(), batch.targets)
-
-    return activation_bytes(loss, backbone.device, frozen)
+    work = Work([prompt], [rows], bench.objective)
+    return activation_bytes(lambda: bench.passes.run(backbone, work), backbone.device, frozen)
 
 
 def _size(count: float) -> str:

@@ -138,7 +138,7 @@ def tune(bench: Workbench, params: dict[str, Any], *, number: int = 0) -> SoftPr
     """
     tuning = Tuning(bench, params, number=number, seed=[bench.experiment.seed, number])
     while not tuning.slot.finished:
-        tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+        tuning.losses += step(bench.backbone, [tuning.slot], bench.passes).tolist()
         if tuning.failure:
             raise FloatingPointError(tuning.failure)
         if tuning.at_rung:
@@ -147,12 +147,19 @@ def tune(bench: Workbench, params: dict[str, Any], *, number: int = 0) -> SoftPr
 
 
 def describe(params: dict[str, Any]) -> str:
-    """The settings of a trial in words, as `labels · P=20 · lr 0.01`; prefix tuning is named first."""
-    method = ["prefix"] if params.get("method") == "prefix_tuning" else []
-    own = [f"{k.partition('.')[2]} {_short(v)}" for k, v in params.items() if "." in k]
-    return " · ".join(
-        [*method, params["initialization"], f"P={params['length']}", f"lr {_short(params['learning_rate'])}", *own]
-    )
+    """The settings of a trial in words, as `labels · P=20 · lr 0.01`; what is off is left out."""
+    words = ["prefix"] if params.get("method") == "prefix_tuning" else []
+    words += [params["initialization"], f"P={params['length']}", f"lr {_short(params['learning_rate'])}"]
+    for name, value in params.items():
+        if "." in name:
+            words.append(f"{name.partition('.')[2]} {_short(value)}")
+        elif name == "reparameterization" and value != "none":
+            words.append(value)
+        elif name == "max_norm" and value:
+            words.append(f"max norm {_short(value)}")
+        elif name == "dropout" and value:
+            words.append("dropout")
+    return " · ".join(words)
 
 
 def _short(value: Any) -> str:

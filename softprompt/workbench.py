@@ -16,12 +16,15 @@ from torch import Tensor
 from softprompt.backbone import Backbone
 from softprompt.composition import Example
 from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare, render
+from softprompt.dropout import has_dropout
 from softprompt.errors import UserError
 from softprompt.home import cache_home
 from softprompt.inference import Classifier, Scores
 from softprompt.initialization import STRATEGIES
 from softprompt.loading import load_backbone
-from softprompt.spec import ExperimentSpec, Method
+from softprompt.objective import Objective, OverLabels, OverVocabulary
+from softprompt.passes import Passes
+from softprompt.spec import ExperimentSpec, Method, ResidualReparameterization
 from softprompt.training import Settings, Slot
 
 
@@ -56,6 +59,7 @@ class Workbench:
         if "prefix_tuning" in experiment.search.methods:
             self.backbone.require_prefixes()
         self._check_positions()
+        self._check_dropout()
         for name in SPLITS:  # a mistake in template or rows is told before there is a study or a run
             self.split(name)
 
@@ -91,6 +95,10 @@ class Workbench:
                 f"has {limit} positions; shorten it"
             )
 
+    def _check_dropout(self) -> None:
+        if self.experiment.search.may_drop_out and not has_dropout(self.backbone):
+            raise UserError("search.dropout: the model has no dropout, its rates are zero; take it out")
+
     def _encode(self, name: str, template: str, max_tokens: int, position: str) -> Split:
         rows = self.data.split(name)
         encoded = encode_inputs(
@@ -104,6 +112,19 @@ class Workbench:
         )
         order = {label: n for n, label in enumerate(self.labels)}
         return Split(encoded.inputs, [order[label] for label in rows["label"]], encoded.cut)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What every prompt is trained for."""
+        if self.experiment.training.loss == "labels":
+            return OverLabels(self.backbone, list(self.labels.values()))
+        return OverVocabulary()
+
+    @cached_property
+    def passes(self) -> Passes:
+        """How every step is cut; smaller from now on where memory runs out."""
+        execution, usual = self.experiment.execution, Passes.usual(self.backbone.device)
+        return Passes(execution.micro_batch_tokens or usual.tokens, execution.gradient_checkpointing)
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -127,10 +148,11 @@ class Workbench:
 
         Args:
             params: `length`, `initialization`, `learning_rate`, and the settings of the kind, as `uniform.bound`;
-                `method` where it is not `prompt_tuning`.
+                beside them may stand `method` where it is not `prompt_tuning`, `reparameterization` with its own,
+                `max_norm` and `dropout`.
             seed: what the trial's random streams are drawn from; the same gives the same prompt.
 
-        Raises UserError where one of the first three is missing, the kind or the method is none, or the model does not
+        Raises UserError where one of the first three is missing, a kind or the method is none, or the model does not
         take a prefix.
         """
         for name in ("length", "initialization", "learning_rate"):
@@ -147,8 +169,26 @@ class Workbench:
             weight_decay=training.weight_decay,
             clip_norm=training.clip_norm,
             seed=int(order),
+            bottleneck=self._bottleneck(params),
+            max_norm=params["max_norm"] * self._embedding_norm if params.get("max_norm") else None,
+            dropout=params.get("dropout", False),
         )
-        return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device)
+        return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device, self.objective)
+
+    @cached_property
+    def _embedding_norm(self) -> float:
+        """Mean norm of the embeddings as the model looks them up."""
+        vectors = self.backbone.embed(range(len(self.backbone.embeddings)))
+        return float(torch.linalg.vector_norm(vectors, dim=1).mean())
+
+    def _bottleneck(self, params: dict[str, Any]) -> int | None:
+        match params.get("reparameterization", "none"):
+            case "none":
+                return None
+            case "residual":
+                return int(params.get("residual.bottleneck", ResidualReparameterization().bottleneck))
+            case other:
+                raise UserError(f"params: no reparameterization {other!r}; use none or residual")
 
     def _initial(self, params: dict[str, Any], seed: int) -> Tensor:
         kind, length = params["initialization"], params["length"]

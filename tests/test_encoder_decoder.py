@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 import softprompt as sp
 from softprompt.composition import Example, collate
 from softprompt.data import prepare
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.inference import Classifier
-from softprompt.training import forward
+from softprompt.passes import Work
 from tests.tiny import save_tiny, tiny_backbone, tiny_experiment, tiny_model
 
 KINDS = ["t5", "bart"]
@@ -120,16 +120,15 @@ PARAMS: dict[str, Any] = {"length": 4, "initialization": "labels", "learning_rat
 
 def loss_of(bench: sp.Workbench, prompt: Tensor) -> float:
     """Of the training rows, in nats per target token."""
-    with torch.no_grad():
-        logits, batch = forward(bench.backbone, [prompt], bench.examples, [0] * len(bench.examples))
-    return nn.functional.cross_entropy(logits, batch.targets).item()
+    work = Work([prompt.clone().requires_grad_()], [bench.examples], bench.objective)
+    return bench.passes.run(bench.backbone, work).item()
 
 
 def test_a_whole_experiment_runs_from_training_to_prediction(bench: sp.Workbench, tmp_path: Path) -> None:
     before = bench.backbone.weights_in_memory_sha256()
     prompt = sp.tune(bench, PARAMS)
     assert bench.backbone.weights_in_memory_sha256() == before
-    assert loss_of(bench, prompt.vectors) < 0.98 * loss_of(bench, bench.start(PARAMS, seed=[0, 0]).prompt.detach())
+    assert loss_of(bench, prompt.vectors) < 0.98 * loss_of(bench, bench.start(PARAMS, seed=[0, 0]).prompt)
     read = sp.SoftPrompt.load(prompt.save(tmp_path / "prompt"))
     assert torch.equal(read.vectors, prompt.vectors)
     measured, rows = sp.measure_prompt(bench, read), bench.data.split("test")

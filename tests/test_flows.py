@@ -382,10 +382,10 @@ def test_an_interrupt_leaves_nothing_open(experiment, tmp_path, monkeypatch: pyt
     stopped = tiny_experiment(tmp_path, name="tiny-stopped")
     real = training.step
 
-    def interrupt(backbone, slots):
+    def interrupt(backbone, slots, passes):
         if slots[0].steps_done == 2:
             raise KeyboardInterrupt
-        return real(backbone, slots)
+        return real(backbone, slots, passes)
 
     monkeypatch.setattr("softprompt.lane.step", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from softprompt.composition import Example, collate, concatenate
-from softprompt.inference import Classifier, Labels, Scores, _by_length
+from softprompt.inference import Classifier, Scores, _by_length
+from softprompt.trie import Labels
 from tests.tiny import tiny_backbone
 
 backbone = cache(tiny_backbone)
@@ -70,8 +71,9 @@ def test_many_labels_cost_one_pass_of_their_trie() -> None:
     labels = [(300 + n % 11, 320 + n // 11, 340) for n in range(77)]
     inputs, base, read = draw_inputs(40), backbone(), []
     assert base.branches
+    classifier = Classifier(base, draw_prompt(5), labels)
     handle = base.model.get_input_embeddings().register_forward_hook(lambda *seen: read.append(seen[1][0].numel()))
-    scores = Classifier(base, draw_prompt(5), labels).score(inputs)
+    scores = classifier.score(inputs)
     handle.remove()
     expected, _ = brute_force("llama", draw_prompt(5), labels[:9], inputs[:5])
     np.testing.assert_allclose(scores.log_probabilities[:5, :9], expected, rtol=1e-4, atol=1e-4)

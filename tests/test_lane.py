@@ -191,8 +191,8 @@ def test_a_weak_trial_is_pruned(run, monkeypatch):
 def test_scores_that_are_no_numbers_fail_one_trial_and_not_the_lane(run, monkeypatch):
     real = training.step
 
-    def poison(backbone, slots):
-        losses = real(backbone, slots)
+    def poison(backbone, slots, passes):
+        losses = real(backbone, slots, passes)
         if slots[0].steps_done == 12 and slots[0].prompt.shape[0] == LABELS["length"]:
             slots[0].prompt.data.fill_(torch.nan)
         return losses
@@ -240,6 +240,33 @@ def test_a_trial_does_not_depend_on_its_neighbours(run, alone, tmp_path):
 
     sweep = MlflowClient(tracking_uri()).get_run(together.sweep.run_id)
     assert sweep.data.tags["softprompt.slots"] == "3, as execution.slots says"
+
+
+FURTHER: dict[str, Any] = {
+    "reparameterization": [{"kind": "none"}, {"kind": "residual", "bottleneck": {"choices": [4, 8]}}],
+    "max_norm": {"choices": [None, 1.0]},
+}
+
+
+def test_trials_of_further_settings_are_told_recorded_and_do_not_depend_on_their_neighbours(run, tmp_path):
+    space, budget = FURTHER | {"startup_trials": 9}, {"trials": 6}
+    training = tiny_experiment(tmp_path).training.model_dump() | {"loss": "labels"}
+    execution = {"device": "cpu", "slots": 3, "micro_batch_tokens": 60}
+    ran = run(space=space, budget=budget, training=training, execution=execution)
+    kinds = set()
+    for record, child in zip(sorted(ran.records, key=lambda r: r.number), ran.children, strict=True):
+        if record.outcome == "failed":
+            continue  # numbers that overflow
+        prompt = ran.prompt(record.number, tmp_path / str(record.number))
+        params = prompt.provenance["params"]
+        kinds.add(params["reparameterization"])
+        assert child.data.params == {name: str(value) for name, value in params.items()}
+        assert ("· residual ·" in record.title) == (params["reparameterization"] == "residual")
+        alone = tune(ran.bench, params, number=record.number)
+        assert prompt.vectors.shape == (params["length"], 32)
+        torch.testing.assert_close(prompt.vectors, alone.vectors, rtol=1e-3, atol=1e-4)
+    assert kinds == {"none", "residual"}
+    assert ran.bench.backbone.weights_in_memory_sha256() == ran.bench.backbone.weights_sha256
 
 
 def test_the_library_alone_trains_the_same_prompt(alone, tmp_path):

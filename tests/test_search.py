@@ -80,6 +80,31 @@ def test_settings_of_a_kind_stand_only_beside_it_and_constants_are_not_suggested
     assert params == {"length": 3, "initialization": "labels", "learning_rate": 0.05, "method": "prompt_tuning"}
 
 
+def test_further_settings_stand_beside_those_where_any_trial_may_have_them(open_study):
+    kinds = "search.reparameterization=[{kind: none}, {kind: residual, bottleneck: {choices: [4, 8]}}]"
+    norms, dropout = "search.max_norm={choices: [null, 2.0]}", "search.dropout={choices: [false, true]}"
+    study, experiment = open_study(kinds, norms, dropout, "search.start=[]", "search.startup_trials=100")
+    seen = []
+    for _ in range(30):
+        trial, params = ask(study, experiment)
+        study.tell(trial, 0.5)
+        assert ("residual.bottleneck" in params) == (params["reparameterization"] == "residual")
+        seen.append(params)
+    found = {name: {params.get(name) for params in seen} for name in ("reparameterization", "max_norm", "dropout")}
+    assert found == {"reparameterization": {"none", "residual"}, "max_norm": {None, 2.0}, "dropout": {False, True}}
+    assert {params.get("residual.bottleneck") for params in seen} == {None, 4, 8}
+
+
+def test_further_settings_that_are_fixed_are_told_and_not_suggested(open_study):
+    study, experiment = open_study(
+        "search.reparameterization=[{kind: residual}]", "search.max_norm=2", "search.dropout=1"
+    )
+    trial, params = ask(study, experiment)
+    further = {"reparameterization": "residual", "residual.bottleneck": 128, "max_norm": 2.0, "dropout": True}
+    assert further.items() <= params.items()
+    assert not set(trial.params) & {"residual.bottleneck", "max_norm", "dropout"}
+
+
 def test_choices_are_suggested_as_they_are(open_study):
     study, experiment = open_study(*FINITE)
     trial, params = ask(study, experiment)

@@ -1,15 +1,16 @@
 """How many trials are trained side by side, and what a step takes: by given figures, and on a tiny model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from softprompt.device import activation_bytes
+from softprompt.passes import Work
 from softprompt.sizing import Choice, MemoryEstimate, choose_slots, estimate_memory, running, try_slots
-from softprompt.training import forward, step
+from softprompt.training import step
 from softprompt.workbench import Workbench
 from tests.tiny import tiny_backbone, tiny_experiment
 
@@ -68,12 +69,9 @@ def test_the_estimate_is_near_what_a_whole_step_saves(tmp_path: Path, kind: str,
     longest = sorted(bench.examples, key=lambda e: len(e.inputs) + len(e.target))[-rows:] * slots
     prompts = [torch.zeros(8, 32, requires_grad=True) for _ in range(slots)]
 
-    def loss() -> torch.Tensor:
-        owner = [n // rows for n in range(len(longest))]
-        logits, batch = forward(bench.backbone, prompts, longest, owner)
-        return nn.functional.cross_entropy(logits, batch.targets)
-
-    saved = activation_bytes(loss, bench.backbone.device, bench.backbone.model.parameters())
+    work = Work(prompts, [longest[n : n + rows] for n in range(0, len(longest), rows)], bench.objective)
+    step, frozen = partial(bench.passes.run, bench.backbone, work), bench.backbone.model.parameters()
+    saved = activation_bytes(step, bench.backbone.device, frozen)
     assert slots * (estimate.prompt + rows * estimate.row) == pytest.approx(saved, rel=0.2)
 
 

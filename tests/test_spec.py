@@ -93,6 +93,23 @@ def test_the_default_experiment_is_valid():
         ("search.initialization.3.text=''", "search.initialization.3.text: String should have at least 1 character"),
         ("search.initialization.3.text={choices: ['']}", "search.initialization.3.text.choices.0: String should have"),
         ("search.initialization.0.kind=labels", "search: each kind of initialization stands once"),
+        ("search.reparameterization=[]", "search.reparameterization: Tuple should have at least 1 item"),
+        ("search.reparameterization=[{kind: mlp}]", "search.reparameterization.0.kind: must be one of 'none', 'residu"),
+        ("search.reparameterization=[{kind: none}, {kind: none}]", "search: each kind of reparameterization stands"),
+        (
+            "search.reparameterization=[{kind: residual, bottleneck: 0}]",
+            "search.reparameterization.0.bottleneck: Input",
+        ),
+        ("search.max_norm=0", "search.max_norm: Input should be greater than 0, found 0"),
+        ("search.max_norm={low: 0, high: 1}", "search.max_norm: only values above zero can be searched"),
+        (
+            "search.max_norm={choices: [null, -1]}",
+            "search.max_norm.choices.1: Input should be greater than 0, found -1",
+        ),
+        ("search.dropout=often", "search.dropout: Input should be a valid boolean"),
+        ("search.dropout={choices: [true, 3]}", "search.dropout.choices.1: Input should be a valid boolean"),
+        ("training.loss=accuracy", "training.loss: Input should be 'vocabulary' or 'labels', found 'accuracy'"),
+        ("execution.micro_batch_tokens=0", "execution.micro_batch_tokens: Input should be greater than or equal to 1"),
         ("search.pruner.kind=median", "search.pruner.every: is required and missing (and 2 more)"),
         ("search.start.0.initialization=zeros", "search: start.0.initialization must be one of ['uniform', 'normal'"),
         ("search.method=lora", "search.method: Input should be 'prompt_tuning' or 'prefix_tuning', found 'lora'"),
@@ -202,14 +219,23 @@ LEARNED = {
     "splits": {"test": 1200, "validation": 401},
     "training.steps": 241,
     "training.weight_decay": 0.1,
+    "training.loss": "labels",
     "search.start": [],
     "search.initialization.0.bound": 0.4,
     "search.pruner.first_rung": 31,
     "search.method": "prefix_tuning",
+    "search.reparameterization": [{"kind": "residual"}],
+    "search.max_norm": 2.0,
+    "search.dropout": True,
     "budget": {"trials": 9},
     "evaluation": {"instruction": "Well?"},
 }
-EXECUTION = {"execution.device": "cpu", "execution.slots": 4}
+EXECUTION = {
+    "execution.device": "cpu",
+    "execution.slots": 4,
+    "execution.micro_batch_tokens": 512,
+    "execution.gradient_checkpointing": True,
+}
 
 
 def changed(path: str, value: Any) -> ExperimentSpec:

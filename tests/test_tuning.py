@@ -144,6 +144,11 @@ def test_progress_says_how_far_it_is(bench: Workbench) -> None:
             {"initialization": "text", "text.text": "Is this film good or is it bad?"},
             "text · P=4 · lr 0.1 · text Is this film good or is…",
         ),
+        ({"reparameterization": "none", "max_norm": None, "dropout": False}, "labels · P=4 · lr 0.1"),
+        (
+            {"reparameterization": "residual", "residual.bottleneck": 64, "max_norm": 2.5, "dropout": True},
+            "labels · P=4 · lr 0.1 · residual · bottleneck 64 · max norm 2.5 · dropout",
+        ),
         ({"initialization": "text", "text.text": "Good\n or\tbad?\n"}, "text · P=4 · lr 0.1 · text Good or bad?"),
     ],
 )

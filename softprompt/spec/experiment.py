@@ -34,6 +34,8 @@ class TrainingSpec(Spec):
     """Decoupled weight decay of AdamW."""
     clip_norm: float = Field(gt=0)
     """The gradient of a prompt is scaled down to this norm."""
+    loss: Literal["vocabulary", "labels"] = "vocabulary"
+    """What the right label has to win against: all that the model could say, or the other labels."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -75,7 +77,8 @@ Slots = Annotated[
 class ExecutionSpec(Spec):
     """Where and how it runs; outside the fingerprint, as it changes no trial's result.
 
-    With several slots a search may ask for other trials, as more of them begin before the first results are in.
+    With several slots a search may ask for other trials, as more of them begin before the first results are in. With
+    dropout, a step that is cut into other passes has other draws.
     """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
@@ -83,6 +86,13 @@ class ExecutionSpec(Spec):
     slots: Slots = "auto"
     """Prompts trained side by side through one frozen forward pass (K), or `auto`: 1 on a CPU, on a GPU as many as
     still gain something and fit its memory, by a short measurement."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a forward and backward pass at the most: a step is cut into several, and their gradients added up.
+
+    By default 1,024 on a CPU and 32,768 elsewhere, halved whenever memory runs out.
+    """
+    gradient_checkpointing: bool = False
+    """Whether to compute the inside of the model's layers again on the way back: less memory, a third more work."""
 
 
 class ExperimentSpec(Spec):

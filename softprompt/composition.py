@@ -217,7 +217,7 @@ def _leave(model: PreTrainedModel, vectors: Tensor, mask: Tensor, before: Layers
 
 
 def as_prefix(model: PreTrainedModel, prompt: Tensor) -> Tensor:
-    """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves, P > 0: the same prompt, one step on."""
+    """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves; P > 0."""
     return separate(_leave(model, *pad_left([prompt], model)), [len(prompt)])[0]
 
 

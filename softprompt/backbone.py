@@ -113,7 +113,7 @@ class Backbone:
         return extend(self.model, prompts, self.embed(tokens)) if tokens else list(prompts)
 
     def as_prefix(self, vectors: Tensor) -> Tensor:
-        """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves, with the logits of that one; float32.
+        """The prefix `[L, 2, G, P, D]`, float32, that a soft prompt `[P, H]` leaves; the logits are the same.
 
         Raises UserError where the model takes no prefix.
         """
@@ -125,8 +125,8 @@ class Backbone:
         """Raise UserError unless the model takes a prefix."""
         if not self.takes_prefixes:
             raise UserError(
-                "prefix_tuning: needs a model that takes keys and values of our own in every layer, and by the numbers "
-                f"this {self.model.config.model_type} model does not; use search.method=prompt_tuning"
+                "search.method: prefix_tuning needs a model that takes keys and values of ours in every layer, and by "
+                f"its numbers this {self.model.config.model_type} model does not; use prompt_tuning"
             )
 
     @property
@@ -200,7 +200,7 @@ class Backbone:
 
     @cached_property
     def takes_prefixes(self) -> bool:
-        """Whether the prefix that a soft prompt leaves has the logits of that one, beside another soft prompt."""
+        """Whether the prefix that a soft prompt leaves stands for it, by the logits, beside another soft prompt."""
         return self._probe.deviation(self.composition, prefixes=True) <= self._probe.tolerance
 
     @cached_property

@@ -365,7 +365,7 @@ def _leave(model: PreTrainedModel, vectors: Tensor, mask: Tensor, even: bool, be
 
 
 def as_prefix(model: PreTrainedModel, prompt: Tensor) -> Tensor:
-    """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves, P > 0: the same prompt, one step on."""
+    """The prefix `[L, 2, G, P, D]` that a soft prompt `[P, H]` leaves; P > 0."""
     return separate(_leave(model, *pad_left([prompt], model), True), [len(prompt)])[0]
 
 

@@ -187,7 +187,7 @@ def test_what_is_separated_is_what_was_put_side_by_side() -> None:
 
 @pytest.mark.parametrize("kind", ["t5", "mamba"])
 def test_a_model_that_takes_no_prefix_refuses_it(kind: str) -> None:
-    told = f"prefix_tuning: needs a model that takes keys and values .* this {kind} model does not; use search.method"
+    told = rf"search\.method: prefix_tuning needs a model .* this {kind} model does not; use prompt_tuning"
     with pytest.raises(UserError, match=told):
         backbone(kind).as_prefix(torch.ones(3, 32))
 

@@ -270,7 +270,7 @@ def test_a_prefix_of_another_shape_is_refused(tmp_path: Path, shape: list[int]) 
 def test_a_prefix_is_refused_where_the_model_takes_none() -> None:
     mamba = tiny_backbone("mamba")
     hashes = {"weights_sha256": mamba.weights_sha256, "tokenizer_sha256": mamba.tokenizer_sha256}
-    with pytest.raises(UserError, match="prefix_tuning: needs a model that takes keys and values"):
+    with pytest.raises(UserError, match="prefix_tuning needs a model that takes keys and values"):
         make_prompt(vectors=draw_vectors(2, 2, 2, 5, 8), **hashes).require(mamba)
 
 

@@ -251,7 +251,7 @@ class SearchSpec(Spec):
     reparameterization: tuple[ReparameterizationSpec, ...] = Field(default=(NoReparameterization(),), min_length=1)
     """What a soft prompt is made of in training; several kinds are searched over, with their own settings."""
     max_norm: SearchedBound = None
-    """Longest norm of a soft prompt's vectors, in multiples of the mean norm of the model's embeddings; null leaves them."""
+    """Longest norm of a soft prompt's vectors, in mean norms of the model's embeddings; null leaves them."""
     dropout: SearchedSwitch = False
     """Whether the frozen model's own dropout is on in training."""
     pruner: PrunerSpec

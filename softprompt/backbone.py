@@ -7,6 +7,7 @@ decides at loading which composition the model allows.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +19,14 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from softprompt.composition import Composition, Example, Tree, collate, collate_tree, concatenate, shared_prefix
 from softprompt.decoder import fits, written_out
@@ -118,8 +126,15 @@ class Backbone:
         return concatenate
 
     @cached_property
+    def window(self) -> int:
+        """Columns that fit the narrowest layer: past them, a layer with a sliding window no longer attends to all."""
+        cache = DynamicCache(config=self.model.config)
+        windows = [cache.get_max_length(n) for n, slides in enumerate(cache.is_sliding) if slides]
+        return min(windows, default=sys.maxsize)
+
+    @cached_property
     def branches(self) -> bool:
-        """Whether continuations on branches of one row have the logits that each has on a row of its own."""
+        """Whether continuations on branches of one row, within the window, have the logits of rows of their own."""
         device, (a, b, c) = self.device, (len(self.embeddings) // n for n in (3, 4, 5))
         prompt = self.embeddings[[c, a]].float()
         ancestors = torch.tensor([[True, False, False], [False, True, False], [True, False, True]], device=device)
@@ -130,7 +145,7 @@ class Backbone:
             lines = [Example(row, (*line, 0)) for row in inputs for line in ((a, c), (b,))]
             alone = self.composition.attend(self.model, states, collate(lines, [0] * 4, pad=self.pad, device=device))
             try:
-                found = self.composition.attend(self.model, states, collate_tree(inputs, tree, pad=self.pad))
+                found = self.composition.attend(self.model, states, collate_tree(inputs, [0, 0], tree, pad=self.pad))
             except (AttributeError, TypeError, ValueError, RuntimeError):
                 return False
         # Of each input: its end, a, a c; its end, b. And in the tree: its end, a, b, a c.

@@ -163,13 +163,13 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def collate_tree(inputs: Sequence[tuple[int, ...]], tree: Tree, *, pad: int) -> Batch:
-    """Lay N inputs of one prompt out, each with the whole tree behind it.
+def collate_tree(inputs: Sequence[tuple[int, ...]], owner: Sequence[int], tree: Tree, *, pad: int) -> Batch:
+    """Lay N inputs out, each with the whole tree behind it; `owner[n]` is the prompt of input n.
 
     The places are, for each input in turn, its last token and then the tree's tokens: 1 + S of them.
     """
     size, device = len(tree.tokens), tree.tokens.device
-    line = collate([Example(row, (pad,)) for row in inputs], [0] * len(inputs), pad=pad, device=device)
+    line = collate([Example(row, (pad,)) for row in inputs], owner, pad=pad, device=device)
     if not size:
         return line
     width = line.tokens.shape[1]

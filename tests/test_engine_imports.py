@@ -4,8 +4,9 @@ import json
 import subprocess
 import sys
 
-ENGINE = ["backbone", "composition", "decoder", "encoder_decoder", "errors", "inference", "initialization"]
-ENGINE += ["operations", "packages", "prefix", "probe", "prompt", "template", "training"]
+ENGINE = ["backbone", "checkpointing", "composition", "decoder", "dropout", "encoder_decoder", "errors", "generation"]
+ENGINE += ["inference", "initialization", "loss", "operations", "packages", "parameterization", "passes", "prefix"]
+ENGINE += ["probe", "prompt", "template", "training", "trie"]
 ABOVE = {
     "optuna",
     "mlflow",

@@ -69,7 +69,7 @@ def test_the_estimate_is_near_what_a_whole_step_saves(tmp_path: Path, kind: str,
     longest = sorted(bench.examples, key=lambda e: len(e.inputs) + len(e.target))[-rows:] * slots
     prompts = [torch.zeros(8, 32, requires_grad=True) for _ in range(slots)]
 
-    work = Work(prompts, [longest[n : n + rows] for n in range(0, len(longest), rows)], bench.objective)
+    work = Work(prompts, [longest[n : n + rows] for n in range(0, len(longest), rows)], bench.loss)
     step, frozen = partial(bench.passes.run, bench.backbone, work), bench.backbone.model.parameters()
     saved = activation_bytes(step, bench.backbone.device, frozen)
     assert slots * (estimate.prompt + rows * estimate.row) == pytest.approx(saved, rel=0.2)

@@ -1,6 +1,6 @@
 """What a prompt is trained for: its targets among everything that the model could say, or among the labels alone.
 
-An objective lays examples out, has their logits computed, and returns one loss for each of its terms; how these are
+A loss lays examples out, has their logits computed, and returns one loss for each of its terms; how these are
 weighted and summed is the training's. Nothing here chooses data.
 """
 
@@ -19,7 +19,7 @@ Logits = Callable[[Batch], Tensor]
 """Logits `[M, V]` at the places of a batch."""
 
 
-class Objective(Protocol):
+class Loss(Protocol):
     """A loss that is a mean over terms."""
 
     def tokens(self, example: Example) -> int:

@@ -70,8 +70,8 @@ def test_a_cut_step_is_the_whole_one(frozen: Frozen, kind: str, tokens: int, nam
 
 
 def wrapped(backbone: Backbone, **changes: Any) -> Backbone:
-    """A backbone whose composition is changed."""
-    backbone.__dict__["composition"] = replace(backbone.composition, **changes)
+    """A backbone whose composition is changed, and takes its two steps one after the other."""
+    backbone.__dict__["composition"] = replace(backbone.composition, together=None, **changes)
     return backbone
 
 

@@ -7,7 +7,6 @@ and of the tokenizer as they are stored, so it does not depend on the type they 
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    DynamicCache,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -204,13 +202,6 @@ class Backbone:
     def takes_prefixes(self) -> bool:
         """Whether the prefix that a soft prompt leaves stands for it, by the logits, beside another soft prompt."""
         return self._probe.deviation(self.composition, prefixes=True) <= self._probe.tolerance
-
-    @cached_property
-    def window(self) -> int:
-        """Columns that fit the narrowest layer: past them, a layer with a sliding window no longer attends to all."""
-        cache = DynamicCache(config=self.model.config)
-        windows = [cache.get_max_length(n) for n, slides in enumerate(cache.is_sliding) if slides]
-        return min(windows, default=sys.maxsize)
 
     @cached_property
     def branches(self) -> bool:

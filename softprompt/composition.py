@@ -389,7 +389,7 @@ def _lengthen(model: PreTrainedModel, prefixes: Sequence[Tensor], vectors: Tenso
 def _attend(model: PreTrainedModel, states: PrefixStates, batch: Batch) -> Tensor:
     """Logits `[M, V]` of the batch's rows, each after the states of the prompt that owns it."""
     mask = states.mask[batch.owner]
-    if batch.tree is not None and mask.shape[1] + batch.tokens.shape[1] > _window(model):
+    if batch.tree is not None and mask.shape[1] + batch.tokens.shape[1] > window_of(model):
         batch = unfold(batch)
         mask = states.mask[batch.owner]
     logits: Tensor = model(
@@ -427,10 +427,10 @@ def _looks_at_masks(model: PreTrainedModel) -> bool:
     It does for fused attention, which can take the whole `[N, T, P+T]` instead; not where only the model itself knows
     how far a token sees.
     """
-    return bool(model.config._attn_implementation == "sdpa") and _window(model) == math.inf
+    return bool(model.config._attn_implementation == "sdpa") and window_of(model) == math.inf
 
 
-def _window(model: PreTrainedModel) -> float:
+def window_of(model: PreTrainedModel) -> float:
     """How far back a token sees: a mask of our own would put the model's own window out of force."""
     names = ("sliding_window", "attention_chunk_size", "window_size")
     return min(getattr(model.config, name, None) or math.inf for name in names)

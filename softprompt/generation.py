@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from softprompt.backbone import Backbone
-from softprompt.composition import PrefixStates, shared_prefix
+from softprompt.composition import PrefixStates, shared_prefix, window_of
 from softprompt.errors import UserError
 from softprompt.inference import ROWS, by_length, name_owners
 from softprompt.prefix import is_prefix, length_of
@@ -87,8 +87,9 @@ class Generator:
 
     def __init__(self, backbone: Backbone, prompts: Sequence[Tensor]) -> None:
         self._backbone = backbone
-        behind = [p if is_prefix(p) else torch.cat([backbone.embed(backbone.before), p.to(backbone.device)]) for p in prompts]
-        self._prompts = [prompt.detach().to(backbone.device, backbone.model.dtype) for prompt in behind]
+        before, prompts = backbone.embed(backbone.before), [prompt.detach().to(backbone.device) for prompt in prompts]
+        whole = [prompt if is_prefix(prompt) else torch.cat([before, prompt]) for prompt in prompts]
+        self._prompts = [prompt.to(backbone.model.dtype) for prompt in whole]
         self._special = _special_tokens(backbone)
         self._model: Any = copy.copy(backbone.model)  # the same weights, with no defaults for decoding
         self._model.generation_config = GenerationConfig()
@@ -168,7 +169,7 @@ class Generator:
         Before a shorter prompt and between a prompt and a shorter input there are masked columns. A layer with a window
         counts them, so all have to be within it; prompt lookup miscounts with them.
         """
-        if self._states is None or self._states.cache is None or width > self._backbone.window:
+        if self._states is None or self._states.cache is None or width > window_of(self._model):
             return None
         tokens, mask = _pad([torch.tensor(row) for row in inputs], "left", self._backbone)
         mask = torch.cat([self._states.mask[owner], mask], dim=1)
@@ -184,8 +185,8 @@ class Generator:
         """What `generate` is given to go on from `[p; E[tokens]]`, and where its output begins."""
         if any(map(is_prefix, self._prompts)):
             raise UserError(
-                f"prefix_tuning: text goes on from prefixes within {self._backbone.window} positions and with prompts of "
-                "one length where guesses are looked up; shorten the inputs, or use Greedy()"
+                "prefix_tuning: text goes on from prefixes within the model's attention window, and where guesses are "
+                "looked up with prompts of one length; shorten the inputs, or use Greedy()"
             )
         both, embed = self._model.config.is_encoder_decoder, self._model.get_input_embeddings()
         lines = [

@@ -20,31 +20,31 @@ from softprompt.checkpointing import checkpointed
 from softprompt.composition import Composition, Example, lift
 from softprompt.dropout import dropping_out
 from softprompt.errors import UserError
-from softprompt.objective import Objective
+from softprompt.loss import Loss
 
 _log = logging.getLogger(__name__)
 
 
 class Work:
-    """K prompts with the examples of one step of each, for one objective."""
+    """K prompts with the examples of one step of each, for one loss."""
 
     def __init__(
         self,
         prompts: Sequence[Tensor],
         batches: Sequence[Sequence[Example]],
-        objective: Objective,
+        loss: Loss,
         dropout_seed: int | None = None,
     ) -> None:
         self.prompts = prompts
-        self.objective = objective
+        self.loss = loss
         self.dropout_seed = dropout_seed
         """What the model's dropout draws from; None where it is off. Another cut is another draw."""
         self.opening, self.examples = lift([example for batch in batches for example in batch])
         """What all inputs begin with, and the N examples without it."""
         self.owner = [k for k, batch in enumerate(batches) for _ in batch]
-        self.terms = [sum(map(objective.terms, batch)) for batch in batches]
+        self.terms = [sum(map(loss.terms, batch)) for batch in batches]
         """`[K]` terms of each prompt's loss."""
-        self.lengths = [objective.tokens(example) for example in self.examples]
+        self.lengths = [loss.tokens(example) for example in self.examples]
         """`[N]` tokens that are read for each example."""
 
 
@@ -80,7 +80,7 @@ class Passes:
             gradients = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
             for part in parts:
                 examples, owner = zip(*((work.examples[n], work.owner[n]) for n in part), strict=True)
-                found, owners = work.objective.losses(backbone, examples, owner, logits)
+                found, owners = work.loss.losses(backbone, examples, owner, logits)
                 shares = torch.zeros_like(losses).index_add(0, owners, found / terms[owners])
                 for total, gradient in zip(gradients, torch.autograd.grad(shares.sum(), leaves), strict=True):
                     total += gradient

@@ -129,7 +129,7 @@ def _time_step(bench: Workbench, slots: int) -> float:
     prompts = [bench.longest_prompt.to(backbone.device).requires_grad_() for _ in range(slots)]
     size = bench.experiment.training.batch_size
     drawn = random.Random(0).choices(bench.examples, k=slots * size)
-    work = Work(prompts, [drawn[n : n + size] for n in range(0, len(drawn), size)], bench.objective)
+    work = Work(prompts, [drawn[n : n + size] for n in range(0, len(drawn), size)], bench.loss)
     return time_run(lambda: bench.passes.run(backbone, work), backbone.device)
 
 

@@ -80,7 +80,7 @@ class Probe:
         ancestors = torch.tensor([[True, False, False], [False, True, False], [True, False, True]])
         parts = torch.tensor(tokens), torch.tensor([0, 0, 1]), ancestors
         inputs = [e.inputs for e in self._examples]
-        batch = collate_tree(inputs, Tree(*(part.to(self.model.device) for part in parts)), pad=0)
+        batch = collate_tree(inputs, [0] * len(inputs), Tree(*(part.to(self.model.device) for part in parts)), pad=0)
         alone = self._run(composition, self._prompts[:1], unfold(batch))
         line = self._run(composition, self._prompts[:1], self._lay_out([Example(row, (*tokens, 0)) for row in inputs]))
         try:

@@ -132,7 +132,7 @@ def _bytes_of_step(bench: Workbench, frozen: list[Tensor], rows: Sequence[Exampl
     backbone = bench.backbone
     prompt = bench.longest_prompt.to(backbone.device).requires_grad_()
 
-    work = Work([prompt], [rows], bench.objective)
+    work = Work([prompt], [rows], bench.loss)
     return activation_bytes(lambda: bench.passes.run(backbone, work), backbone.device, frozen)
 
 

@@ -5,7 +5,7 @@ one step of all the slots that it is given, in as few forward and backward passe
 result depends neither on its neighbours nor on K nor on how a step is cut, to rounding. A slot's whole state follows
 from its settings, its data and the number of its steps.
 
-The loss of a slot is the mean over the terms of its objective. What a prompt is worth, and when to stop it, is decided
+The loss of a slot is a mean over terms. What a prompt is worth, and when to stop it, is decided
 elsewhere.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
 from softprompt.composition import Example
-from softprompt.objective import Objective, OverVocabulary
+from softprompt.loss import Loss, OverVocabulary
 from softprompt.parameterization import Direct, Parameterization, Residual, cap_norms
 from softprompt.passes import Passes, Work
 
@@ -90,7 +90,7 @@ class BatchOrder:
 
 
 class Slot:
-    """One prompt being tuned on a list of examples, for an objective.
+    """One prompt being tuned on a list of examples, for a loss.
 
     `initial` is the prompt to begin with, in any shape that the composition takes.
     """
@@ -101,10 +101,10 @@ class Slot:
         examples: Sequence[Example],
         settings: Settings,
         device: torch.device,
-        objective: Objective = OverVocabulary(),  # noqa: B008, a value
+        loss: Loss = OverVocabulary(),  # noqa: B008, a value
     ) -> None:
         self.settings = settings
-        self.objective = objective
+        self.loss = loss
         self.parameterization = _parameterize(initial, settings, device)
         self.steps_done = 0
         self._cap_norms()
@@ -158,7 +158,7 @@ def step(backbone: Backbone, slots: Sequence[Slot], passes: Passes | None = None
     """One training step of every slot.
 
     Where memory runs out, `passes` are halved for good, and the step begins anew. Returns the K losses before the step,
-    `[K]`, in nats per term of the objective, on the model's device. A slot whose loss is not finite is left as it was,
+    `[K]`, in nats per term of the loss, on the model's device. A slot whose loss is not finite is left as it was,
     and does not touch the others. Raises UserError where a single example is too much for the memory.
     """
     losses = _differentiate(backbone, slots, passes or Passes.usual(backbone.device))
@@ -188,10 +188,10 @@ def _differentiate(backbone: Backbone, slots: Sequence[Slot], passes: Passes) ->
 
 
 def _share(slots: Sequence[Slot]) -> list[list[int]]:
-    """Which slots share passes: those of one objective; with dropout each by itself, so that its draws are its own."""
-    groups: dict[Objective | int, list[int]] = {}
+    """Which slots share passes: those of one loss; with dropout each by itself, so that its draws are its own."""
+    groups: dict[Loss | int, list[int]] = {}
     for k, slot in enumerate(slots):
-        groups.setdefault(k if slot.settings.dropout else slot.objective, []).append(k)
+        groups.setdefault(k if slot.settings.dropout else slot.loss, []).append(k)
     return list(groups.values())
 
 
@@ -202,6 +202,6 @@ def _gather(slots: Sequence[Slot]) -> Work:
     return Work(
         [slot.parameterization.fold() for slot in slots],
         [slot.next_examples() for slot in slots],
-        first.objective,
+        first.loss,
         dropout_seed=int(draws[0]) if first.settings.dropout else None,
     )

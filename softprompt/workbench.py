@@ -22,7 +22,7 @@ from softprompt.home import cache_home
 from softprompt.inference import Classifier, Scores
 from softprompt.initialization import STRATEGIES
 from softprompt.loading import load_backbone
-from softprompt.objective import Objective, OverLabels, OverVocabulary
+from softprompt.loss import Loss, OverLabels, OverVocabulary
 from softprompt.passes import Passes
 from softprompt.spec import ExperimentSpec, Method, ResidualReparameterization
 from softprompt.training import Settings, Slot
@@ -114,7 +114,7 @@ class Workbench:
         return Split(encoded.inputs, [order[label] for label in rows["label"]], encoded.cut)
 
     @cached_property
-    def objective(self) -> Objective:
+    def loss(self) -> Loss:
         """What every prompt is trained for."""
         if self.experiment.training.loss == "labels":
             return OverLabels(self.backbone, list(self.labels.values()))
@@ -173,7 +173,7 @@ class Workbench:
             max_norm=params["max_norm"] * self._embedding_norm if params.get("max_norm") else None,
             dropout=params.get("dropout", False),
         )
-        return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device, self.objective)
+        return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device, self.loss)
 
     @cached_property
     def _embedding_norm(self) -> float:

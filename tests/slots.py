@@ -8,7 +8,7 @@ import torch
 
 from softprompt.backbone import Backbone
 from softprompt.composition import Example
-from softprompt.objective import Objective, OverVocabulary
+from softprompt.loss import Loss, OverVocabulary
 from softprompt.passes import Passes
 from softprompt.training import Settings, Slot, step
 
@@ -38,14 +38,14 @@ def make_slot(
     length: int = 4,
     seed: int = 0,
     examples: list[Example] | None = None,
-    objective: Objective = OverVocabulary(),  # noqa: B008, a value
+    loss: Loss = OverVocabulary(),  # noqa: B008, a value
     prefix: bool = False,
     **changes: Any,
 ) -> Slot:
     shape = (2, 2, 2, length, 8) if prefix else (length, 32)
     initial = 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     settings = make_settings(seed=seed, **changes)
-    return Slot(initial, examples or draw_examples(), settings, torch.device("cpu"), objective)
+    return Slot(initial, examples or draw_examples(), settings, torch.device("cpu"), loss)
 
 
 def train(backbone: Backbone, slot: Slot, steps: int | None = None, passes: Passes | None = None) -> list[float]:

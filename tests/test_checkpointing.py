@@ -6,7 +6,7 @@ from torch import Tensor
 
 from softprompt.backbone import Backbone
 from softprompt.checkpointing import checkpointed
-from softprompt.objective import OverLabels, OverVocabulary
+from softprompt.loss import OverLabels, OverVocabulary
 from softprompt.passes import Passes, Work
 from tests.slots import FAMILY, Frozen, draw_examples, make_slot, train
 
@@ -17,8 +17,8 @@ LABELS = [(300, 301), (310,)]
 def differentiate(backbone: Backbone, passes: Passes, labels: bool, seed: int | None) -> tuple[Tensor, list[Tensor]]:
     """Losses and gradients of two prompts."""
     prompts = [(0.3 * torch.randn(p, 32, generator=torch.Generator().manual_seed(p))).requires_grad_() for p in (3, 5)]
-    objective = OverLabels(backbone, LABELS) if labels else OverVocabulary()
-    losses = passes.run(backbone, Work(prompts, [draw_examples(5), draw_examples(7, seed=1)], objective, seed))
+    loss = OverLabels(backbone, LABELS) if labels else OverVocabulary()
+    losses = passes.run(backbone, Work(prompts, [draw_examples(5), draw_examples(7, seed=1)], loss, seed))
     gradients = [prompt.grad for prompt in prompts]
     assert all(gradient is not None for gradient in gradients)
     return losses, [gradient for gradient in gradients if gradient is not None]
@@ -50,7 +50,7 @@ def test_what_is_dropped_is_dropped_again(frozen: Frozen, kind: str, tokens: int
 @pytest.mark.parametrize(("on", "runs"), [(False, 1), (True, 2)])
 def test_layers_run_twice(frozen: Frozen, on: bool, runs: int) -> None:
     backbone, seen = frozen("gpt2"), []
-    backbone.native  # its check runs layers too  # noqa: B018
+    assert backbone.composition is backbone.native  # whose check runs layers too
     handle = backbone.model.get_submodule("transformer.h.0.mlp").register_forward_pre_hook(lambda *_: seen.append(1))
     differentiate(backbone, Passes(10**6, gradient_checkpointing=on), False, None)
     handle.remove()

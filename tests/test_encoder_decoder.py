@@ -120,7 +120,7 @@ PARAMS: dict[str, Any] = {"length": 4, "initialization": "labels", "learning_rat
 
 def loss_of(bench: sp.Workbench, prompt: Tensor) -> float:
     """Of the training rows, in nats per target token."""
-    work = Work([prompt.clone().requires_grad_()], [bench.examples], bench.objective)
+    work = Work([prompt.clone().requires_grad_()], [bench.examples], bench.loss)
     return bench.passes.run(bench.backbone, work).item()
 
 

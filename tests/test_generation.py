@@ -327,7 +327,7 @@ def test_a_model_that_cannot_take_guesses_back_is_told() -> None:
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
-    with pytest.raises(UserError, match="bert looks ahead"):
+    with pytest.raises(UserError, match="it looks ahead"):
         Generator(tiny_backbone("bert"), PROMPTS)
 
 

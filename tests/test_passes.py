@@ -14,7 +14,7 @@ from torch import Tensor
 from softprompt.backbone import Backbone
 from softprompt.composition import Batch, Composition
 from softprompt.errors import UserError
-from softprompt.objective import Objective, OverLabels, OverVocabulary
+from softprompt.loss import Loss, OverLabels, OverVocabulary
 from softprompt.passes import Passes, Work
 from softprompt.training import Slot, step
 from tests.slots import FAMILY, MIXED, Frozen, draw_examples, make_slot
@@ -45,11 +45,11 @@ def test_passes_are_few_and_of_like_size(lengths: list[int], tokens: int, sizes:
     assert [len(part) for part in Passes(tokens).cut(lengths)] == sizes
 
 
-def objective(backbone: Backbone, name: str) -> Objective:
+def loss(backbone: Backbone, name: str) -> Loss:
     return OverLabels(backbone, LABELS) if name == "labels" else OverVocabulary()
 
 
-def differentiate(backbone: Backbone, passes: Passes, target: Objective) -> tuple[Tensor, list[Tensor]]:
+def differentiate(backbone: Backbone, passes: Passes, target: Loss) -> tuple[Tensor, list[Tensor]]:
     """Losses and gradients of three prompts with batches of their own size."""
     draws = [torch.randn(p, 32, generator=torch.Generator().manual_seed(p)) for p in (1, 6, 3)]
     prompts = [(0.3 * draw).requires_grad_() for draw in draws]
@@ -63,15 +63,15 @@ def differentiate(backbone: Backbone, passes: Passes, target: Objective) -> tupl
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma", "opt", "bloom", "falcon", "mamba"])
 def test_a_cut_step_is_the_whole_one(frozen: Frozen, kind: str, tokens: int, name: str) -> None:
     backbone = frozen(kind)
-    target = objective(backbone, name)
+    target = loss(backbone, name)
     whole, cut = (differentiate(backbone, Passes(size), target) for size in (WHOLE, tokens))
     assert len(cut[1]) == 3
     torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-5)
 
 
 def wrapped(backbone: Backbone, **changes: Any) -> Backbone:
-    """A backbone whose composition is changed."""
-    backbone.__dict__["composition"] = replace(backbone.composition, **changes)
+    """A backbone whose composition is changed, and takes its two steps one after the other."""
+    backbone.__dict__["composition"] = replace(backbone.composition, together=None, **changes)
     return backbone
 
 
@@ -148,11 +148,11 @@ def test_the_smaller_size_is_kept(frozen: Frozen) -> None:
 def test_nothing_of_a_step_that_is_given_up_remains(frozen: Frozen) -> None:
     """Memory runs out once, in the last pass, when the gradients of all others are there."""
     backbone, passes = frozen("gpt2"), Passes(20)
-    targets: tuple[Objective, ...] = OverVocabulary(), OverLabels(backbone, LABELS)
-    ours, theirs = ([make_slot(objective=t, batch_size=5, seed=n) for n, t in enumerate(targets)] for _ in range(2))
+    targets: tuple[Loss, ...] = OverVocabulary(), OverLabels(backbone, LABELS)
+    ours, theirs = ([make_slot(loss=t, batch_size=5, seed=n) for n, t in enumerate(targets)] for _ in range(2))
     calls: list[Batch] = []
     real: Composition[Any] = backbone.composition
-    last = sum(len(passes.cut(list(map(slot.objective.tokens, slot.next_examples())))) for slot in ours)
+    last = sum(len(passes.cut(list(map(slot.loss.tokens, slot.next_examples())))) for slot in ours)
 
     def attend(model: Any, states: Any, batch: Batch) -> Tensor:
         calls.append(batch)

@@ -69,7 +69,7 @@ def test_the_estimate_is_near_what_a_whole_step_saves(tmp_path: Path, kind: str,
     longest = sorted(bench.examples, key=lambda e: len(e.inputs) + len(e.target))[-rows:] * slots
     prompts = [torch.zeros(8, 32, requires_grad=True) for _ in range(slots)]
 
-    work = Work(prompts, [longest[n : n + rows] for n in range(0, len(longest), rows)], bench.objective)
+    work = Work(prompts, [longest[n : n + rows] for n in range(0, len(longest), rows)], bench.loss)
     step, frozen = partial(bench.passes.run, bench.backbone, work), bench.backbone.model.parameters()
     saved = activation_bytes(step, bench.backbone.device, frozen)
     assert slots * (estimate.prompt + rows * estimate.row) == pytest.approx(saved, rel=0.2)
@@ -90,7 +90,8 @@ def test_weights_and_optimizer_are_counted(tmp_path: Path):
     assert estimate.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     slot = running(bench, 1)[0]
     step(bench.backbone, [slot])
-    moments = [m for m in slot._optimizer.state[slot.prompt].values() if m.numel() > 1]
+    (parameter,) = slot.parameterization.parameters
+    moments = [m for m in slot._optimizer.state[parameter].values() if m.numel() > 1]
     assert estimate.state == sum(t.nbytes for t in (slot.prompt, slot.prompt, *moments))  # a gradient is of its size
 
 

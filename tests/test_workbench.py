@@ -11,7 +11,7 @@ from softprompt.backbone import Backbone
 from softprompt.composition import Example
 from softprompt.data import prepare
 from softprompt.errors import UserError
-from softprompt.objective import OverLabels, OverVocabulary
+from softprompt.loss import OverLabels, OverVocabulary
 from softprompt.passes import Passes
 from softprompt.spec import Choices, validate_experiment
 from softprompt.workbench import Workbench
@@ -128,7 +128,7 @@ def changed(bench: Workbench, part: str, backbone: Backbone | None = None, **fie
 def test_the_loss_is_the_one_asked_for(bench: Workbench) -> None:
     params = {"length": 3, "learning_rate": 0.1, "initialization": "labels"}
     slots = [other.start(params, seed=[0]) for other in (bench, changed(bench, "training", loss="labels"))]
-    assert [type(slot.objective) for slot in slots] == [OverVocabulary, OverLabels]
+    assert [type(slot.loss) for slot in slots] == [OverVocabulary, OverLabels]
 
 
 def test_passes_are_as_the_execution_has_them(bench: Workbench) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from softprompt.backbone import Backbone
 from softprompt.composition import Example, collate, concatenate
 from softprompt.inference import Classifier
-from softprompt.objective import Objective, OverLabels, OverVocabulary
+from softprompt.loss import Loss, OverLabels, OverVocabulary
 from softprompt.passes import Passes, Work
 from softprompt.training import step
 from softprompt.trie import Labels
@@ -55,11 +55,11 @@ def test_losses_and_gradients_are_those_of_a_plain_loop(
     frozen: Frozen, kind: str, loop: type, labels: Labels, tokens: int
 ) -> None:
     backbone = frozen(kind)
-    objective: Objective = OverLabels(backbone, labels) if loop is loop_over_labels else OverVocabulary()
+    loss: Loss = OverLabels(backbone, labels) if loop is loop_over_labels else OverVocabulary()
     prompts = [0.3 * torch.randn(p, 32, generator=torch.Generator().manual_seed(p)) for p in (2, 5)]
     ours, theirs = ([prompt.clone().requires_grad_() for prompt in prompts] for _ in range(2))
     batches = [draw_examples(labels, 5), draw_examples(labels, 7, seed=1)]
-    losses = Passes(tokens).run(backbone, Work(ours, batches, objective))
+    losses = Passes(tokens).run(backbone, Work(ours, batches, loss))
     expected = torch.stack([loop(backbone, p, batch, labels) for p, batch in zip(theirs, batches, strict=True)])
     expected.sum().backward()
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-5)
@@ -71,14 +71,14 @@ def test_tokens_are_what_the_model_reads(frozen: Frozen, kind: str) -> None:
     """Without padding, as all inputs have one length; with it where labels take a row each."""
     backbone = frozen(kind)
     examples = [Example((n, 5, 6, 7), SHARING[n % 5]) for n in range(6)]
-    objective, read = OverLabels(backbone, SHARING), []
+    loss, read = OverLabels(backbone, SHARING), []
 
     def logits(batch: object) -> Tensor:
         read.append(batch.tokens.numel())  # type: ignore[attr-defined]
         return torch.zeros(len(batch.targets), len(backbone.embeddings))  # type: ignore[attr-defined]
 
-    objective.losses(backbone, examples, [0] * 6, logits)
-    assert read == [sum(map(objective.tokens, examples))]
+    loss.losses(backbone, examples, [0] * 6, logits)
+    assert read == [sum(map(loss.tokens, examples))]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -89,8 +89,8 @@ def test_training_over_labels_makes_the_right_one_win(frozen: Frozen, kind: str)
     before = Classifier(backbone, make_slot(8).prompt, SHARING).score(inputs)
     least = int(np.bincount(before.predicted, minlength=len(SHARING)).argmin())
     examples = [Example(row, SHARING[least]) for row in inputs]
-    objective = OverLabels(backbone, SHARING)
-    slot = make_slot(8, examples=examples, objective=objective, steps=40, batch_size=20, learning_rate=0.2)
+    loss = OverLabels(backbone, SHARING)
+    slot = make_slot(8, examples=examples, loss=loss, steps=40, batch_size=20, learning_rate=0.2)
     losses = train(backbone, slot)
     assert losses[-1] < math.log(2) < losses[0]
     after = Classifier(backbone, slot.prompt, SHARING).score(inputs)
@@ -100,8 +100,8 @@ def test_training_over_labels_makes_the_right_one_win(frozen: Frozen, kind: str)
 def test_slots_of_different_objectives_train_side_by_side(frozen: Frozen) -> None:
     backbone = frozen()
     examples = draw_examples(SHARING, 20)
-    objectives = OverVocabulary(), OverLabels(backbone, SHARING)
-    alone, together = ([make_slot(examples=examples, objective=o, seed=3) for o in objectives] for _ in range(2))
+    kinds = OverVocabulary(), OverLabels(backbone, SHARING)
+    alone, together = ([make_slot(examples=examples, loss=o, seed=3) for o in kinds] for _ in range(2))
     expected = [train(backbone, slot, steps=4) for slot in alone]
     losses = [step(backbone, together).tolist() for _ in range(4)]
     for k in range(2):

@@ -1,11 +1,11 @@
 """What a prompt is trained for: its targets among everything that the model could say, or among the labels alone.
 
-An objective lays examples out, has their logits computed, and returns one loss for each of its terms; how these are
+A loss lays examples out, has their logits computed, and returns one loss for each of its terms; how these are
 weighted and summed is the training's. Nothing here chooses data.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ Logits = Callable[[Batch], Tensor]
 """Logits `[M, V]` at the places of a batch."""
 
 
-class Objective(Protocol):
+class Loss(Protocol):
     """A loss that is a mean over terms."""
 
     def tokens(self, example: Example) -> int:
@@ -84,21 +84,23 @@ class OverLabels:
         self, backbone: Backbone, examples: Sequence[Example], owner: Sequence[int], logits: Logits
     ) -> tuple[Tensor, Tensor]:
         """`[N]` cross-entropies and their prompts."""
-        owners = torch.tensor(owner, device=backbone.device)
         gold = torch.tensor([self._labels.index(e.target) for e in examples], device=backbone.device)
         score = self._score_together if self._whole else self._score_apart
-        return nn.functional.cross_entropy(score(backbone, examples, owners, logits), gold, reduction="none"), owners
+        found = nn.functional.cross_entropy(score(backbone, examples, owner, logits), gold, reduction="none")
+        return found, torch.tensor(owner, device=backbone.device)
 
-    def _score_together(self, backbone: Backbone, examples: Sequence[Example], owner: Tensor, logits: Logits) -> Tensor:
-        batch = collate_tree([e.inputs for e in examples], self._trie.tree, pad=backbone.pad)
-        found = logits(replace(batch, owner=owner)).float()
+    def _score_together(
+        self, backbone: Backbone, examples: Sequence[Example], owner: Sequence[int], logits: Logits
+    ) -> Tensor:
+        batch = collate_tree([e.inputs for e in examples], owner, self._trie.tree, pad=backbone.pad)
+        found = logits(batch).float()
         return self._trie.score(found.view(len(examples), 1 + self._trie.size, -1))
 
-    def _score_apart(self, backbone: Backbone, examples: Sequence[Example], owner: Tensor, logits: Logits) -> Tensor:
+    def _score_apart(
+        self, backbone: Backbone, examples: Sequence[Example], owner: Sequence[int], logits: Logits
+    ) -> Tensor:
         lines = [Example(e.inputs, label) for e in examples for label in self._labels]
-        owners = owner.repeat_interleave(len(self._labels))
-        batch = collate(lines, [0] * len(lines), pad=backbone.pad, device=backbone.device)
-        tokens = -nn.functional.cross_entropy(
-            logits(replace(batch, owner=owners)).float(), batch.targets, reduction="none"
-        )
+        owners = [k for k in owner for _ in self._labels]
+        batch = collate(lines, owners, pad=backbone.pad, device=backbone.device)
+        tokens = -nn.functional.cross_entropy(logits(batch).float(), batch.targets, reduction="none")
         return tokens.new_zeros(len(lines)).index_add(0, batch.rows, tokens).view(len(examples), -1)

@@ -240,7 +240,7 @@ def test_a_lifted_opening_changes_nothing(kind: str) -> None:
 def test_inputs_end_where_their_targets_begin() -> None:
     examples = draw_examples([(4, 1), (7, 3), (1, 2)])
     assert lay_out(examples, [0, 0, 0]).ends.tolist() == [4, 7, 1]
-    assert collate_tree([e.inputs for e in examples], TREE, pad=0).ends.tolist() == [4, 7, 1]
+    assert collate_tree([e.inputs for e in examples], [0] * 3, TREE, pad=0).ends.tolist() == [4, 7, 1]
 
 
 TREE = Tree(
@@ -258,7 +258,7 @@ def test_a_tree_unfolds_into_its_paths() -> None:
         [300, 303, 304],
         [301],
     ]
-    batch = collate_tree([(5, 6, 7), (8,)], TREE, pad=0)
+    batch = collate_tree([(5, 6, 7), (8,)], [0, 0], TREE, pad=0)
     lines = unfold(batch)
     assert lines.tree is None
     assert len(lines.tokens) == 6
@@ -272,8 +272,8 @@ def test_a_tree_unfolds_into_its_paths() -> None:
 @pytest.mark.parametrize("name", [name for name in CHOSEN if name != "bloom"])
 def test_a_tree_is_read_as_its_paths_are(name: str) -> None:
     """Also where the rows are longer than the attention window, of which a tree's own mask would know nothing."""
-    base, prompts = backbone(name), draw_prompts([4])
-    batch = collate_tree([e.inputs for e in draw_examples([(4, 1), (7, 1), (1, 1)])], TREE, pad=0)
+    base, prompts = backbone(name), draw_prompts([4, 2])
+    batch = collate_tree([e.inputs for e in draw_examples([(4, 1), (7, 1), (1, 1)])], [1, 0, 1], TREE, pad=0)
     with torch.no_grad():
         found = base.composition(base.model, prompts, batch)
         assert_close(found, formula(name)(base.model, prompts, unfold(batch)))

@@ -20,10 +20,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.composition import Composition, Example, Tree, collate, collate_tree, concatenate, send, shared_prefix
+from softprompt.composition import (
+    Composition,
+    Example,
+    Tree,
+    collate,
+    collate_tree,
+    compiled,
+    concatenate,
+    send,
+    shared_prefix,
+)
 from softprompt.decoder import fits, written_out
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
+from softprompt.quantization import PRECISIONS, QUANTIZED, quantize, require_library
 
 # Largest deviation of a composition from the formula, relative to what the prompt changes, that is rounding.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
@@ -42,6 +53,8 @@ class Backbone:
     tokenizer_sha256: str
     reference: dict[str, Any] = field(default_factory=dict)
     """Where the model can be had again, as plain data; its author gives it meaning."""
+    compile: bool = False
+    """Whether passes of the model's own layers are compiled, where such a pass is exact."""
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -58,25 +71,33 @@ class Backbone:
         precision: str = "bfloat16",
         device: str = "auto",
         reference: dict[str, Any] | None = None,
+        compile: bool = False,
     ) -> Self:
         """Load a folder that holds a config, safetensors weights and a tokenizer.
 
         Args:
             folder: as `save_pretrained` writes it.
-            precision: `bfloat16` or `float32`, the type of the frozen weights.
+            precision: `bfloat16` or `float32`, the type of the frozen weights; or `int8` or `int4`, in which the linear
+                layers are stored, and computed in bfloat16.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             reference: where the model can be had again; the folder by default.
+            compile: whether passes are compiled.
 
         Raises UserError where the folder is no such model.
         """
         folder = Path(folder)
+        if precision in QUANTIZED:
+            require_library()
         weights = hash_folder(folder)
         place = pick_device(device)
         # On a CPU the fused attention's backward is the slow part of short sequences.
         model, tokenizer = _read_folder(folder, precision, attention="eager" if place.type == "cpu" else None)
-        model.requires_grad_(False).eval().to(place)
+        model.requires_grad_(False).eval()
+        if precision in QUANTIZED:
+            quantize(model, precision, place)  # layer by layer, so that the whole model is never there in bfloat16
+        model.eval().to(place)
         reference = reference or {"kind": "local", "path": str(folder.absolute())}
-        return cls(model, tokenizer, weights, hash_tokenizer(tokenizer), reference)
+        return cls(model, tokenizer, weights, hash_tokenizer(tokenizer), reference, compile)
 
     @property
     def device(self) -> torch.device:
@@ -107,9 +128,11 @@ class Backbone:
     @cached_property
     def composition(self) -> Composition[Any]:
         """The fastest composition that is exact for this model; the plain concatenation if none is."""
-        # A GPU has the model's own fused attention.
-        fast = self.device.type == "cpu" and fits(self.model)
-        candidates: list[Composition[Any]] = [written_out, shared_prefix] if fast else [shared_prefix]
+        candidates: list[Composition[Any]] = [shared_prefix]
+        if self.compile:
+            candidates.insert(0, compiled(shared_prefix))
+        elif self.device.type == "cpu" and fits(self.model):  # a GPU has the model's own fused attention
+            candidates.insert(0, written_out)
         for composition in candidates:
             if self.deviation(composition) <= _TOLERANCE[self.model.dtype]:
                 return composition
@@ -221,9 +244,7 @@ def _read_folder(
     folder: Path, precision: str, attention: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        model = _read_model(
-            folder, dtype=getattr(torch, precision), use_safetensors=True, attn_implementation=attention
-        )
+        model = _read_model(folder, dtype=PRECISIONS[precision], use_safetensors=True, attn_implementation=attention)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that is wrong makes transformers raise anything
         raise UserError(f"{folder}: cannot be loaded as a causal language model: {_one_line(error)}") from error

@@ -284,6 +284,13 @@ def _rows_of(cache: Cache | None, owner: Tensor) -> Cache | None:
     return rows
 
 
+def compiled(composition: Composition[States], *, backend: str = "inductor") -> Composition[States]:
+    """The same numbers by code that `torch.compile` makes, for all lengths and numbers of rows; it takes minutes."""
+    keep = torch.compile(composition.keep, dynamic=True, backend=backend)
+    attend = torch.compile(composition.attend, dynamic=True, backend=backend)
+    return Composition(f"{composition.name}, compiled", keep, attend)
+
+
 def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[K, P, H]` in the model's type and `[K, P]` ones and zeros, P being the longest of the lengths."""
     longest = max(len(p) for p in prompts)

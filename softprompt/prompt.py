@@ -19,6 +19,7 @@ from torch import Tensor
 from softprompt.backbone import Backbone
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
+from softprompt.quantization import PRECISIONS
 from softprompt.template import columns_of
 
 FORMAT = 1
@@ -40,7 +41,6 @@ _FIELDS: dict[str, type] = {
     "provenance": dict,
 }
 """What `softprompt.json` holds."""
-_PRECISIONS = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
         _require(manifest[key] > 0, folder, key, "be positive", manifest[key])
     words, precision = manifest["words"], manifest["precision"]
     _require(words and all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
-    _require(precision in _PRECISIONS, folder, "precision", f"be one of {', '.join(_PRECISIONS)}", precision)
+    _require(precision in PRECISIONS, folder, "precision", f"be one of {', '.join(PRECISIONS)}", precision)
     try:
         columns_of(manifest["template"])
     except ValueError as error:

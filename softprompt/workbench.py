@@ -46,7 +46,10 @@ class Workbench:
         self.experiment = experiment
         self.data = data or prepare(experiment, cache_home())
         self.backbone = backbone or load_backbone(
-            experiment.model, precision=experiment.precision, device=experiment.execution.device
+            experiment.model,
+            precision=experiment.precision,
+            device=experiment.execution.device,
+            compile=experiment.execution.compile,
         )
         self.labels = encode_labels(experiment.labels.words, self.backbone.tokenizer)
         self._splits: dict[tuple[str, str, int], Split] = {}

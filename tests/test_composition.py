@@ -13,7 +13,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Composition, Example, collate, concatenate, lift, shared_prefix
+from softprompt.composition import Batch, Composition, Example, collate, compiled, concatenate, lift, shared_prefix
 from softprompt.decoder import fits, written_out
 from tests.tiny import tiny_backbone, tiny_model, tiny_tokenizer
 
@@ -117,12 +117,30 @@ def test_fused_attention_agrees(kind: str, lengths: list[int]) -> None:
 def test_a_pass_waits_for_no_number_of_the_device(kind: str, lengths: list[int]) -> None:
     """Tensors of the meta device have no numbers: whoever asks for one raises."""
     base = tiny_backbone(kind, attn_implementation="sdpa")
-    model, meta = base.model.to("meta"), torch.device("meta")
+    meta = torch.device("meta")
+    model = base.model.eval().to(meta)
     batch = collate(draw_examples([(4, 1), (7, 3), (1, 2)]), [1, 0, 2], pad=0, device=meta)
     prompts = [nn.Parameter(prompt.to(meta)) for prompt in draw_prompts(lengths)]
     logits = shared_prefix(model, prompts, batch)
     nn.functional.cross_entropy(logits, batch.targets).backward()
     assert all(prompt.grad is not None for prompt in prompts)
+
+
+WIDTHS = ([(4, 1), (9, 2), (6, 1)], [(12, 1), (5, 3), (7, 2)], [(19, 1), (2, 1), (3, 3)])
+"""None as wide as a head, whose width is written into the code where one is met."""
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo, about its own look
+def test_a_pass_can_be_compiled_once_for_all_widths() -> None:
+    """As far as the graph; the code for it is made, and measured, where there is a GPU."""
+    base = tiny_backbone(attn_implementation="sdpa", num_hidden_layers=1)
+    fast = compiled(shared_prefix, backend="aot_eager")
+    first, *others = (lay_out(draw_examples(sizes), [0, 0, 0]) for sizes in WIDTHS)
+    (prompt,) = draw_prompts([5])
+    assert_same(run(fast, base, [prompt], first), run(shared_prefix, base, [prompt], first))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in others:
+            assert_same(run(fast, base, [prompt], batch), run(shared_prefix, base, [prompt], batch))
 
 
 def test_columns_are_a_multiple_of_what_is_asked_for() -> None:

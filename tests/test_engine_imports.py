@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 ENGINE = ["backbone", "composition", "errors", "inference", "initialization", "packages", "prompt", "template"]
-ENGINE += ["training"]
+ENGINE += ["quantization", "training"]
 ABOVE = {
     "optuna",
     "mlflow",

@@ -183,7 +183,7 @@ def test_vectors_that_are_none_are_refused(tmp_path: Path, vectors: torch.Tensor
         ({"words": []}, r"words must be dict, found \[\]"),
         ({"words": {}}, "words must map labels to text"),
         ({"words": {"negative": 7}}, "words must map labels to text"),
-        ({"precision": "int4"}, "precision must be one of bfloat16, float32, found 'int4'"),
+        ({"precision": "int2"}, "precision must be one of bfloat16, float32, int8, int4, found 'int2'"),
         ({"base": "somewhere"}, "base must be dict"),
         ({"template": 7}, "template must be str"),
         ({"template": "{text:>999999999}"}, r"template: a placeholder must be a plain column name, got \{text:>9999"),

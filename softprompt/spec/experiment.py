@@ -83,6 +83,8 @@ class ExecutionSpec(Spec):
     slots: Slots = "auto"
     """Prompts trained side by side through one frozen forward pass (K), or `auto`: 1 on a CPU, on a GPU as many as
     still gain something and fit its memory, by a short measurement."""
+    compile: bool = False
+    """Whether passes of the model are compiled by `torch.compile`, which takes minutes and needs a C++ compiler."""
 
 
 class ExperimentSpec(Spec):
@@ -94,8 +96,9 @@ class ExperimentSpec(Spec):
     """Seed of the splits, the search and every trial."""
     model: ModelSpec
     """The frozen language model."""
-    precision: Literal["bfloat16", "float32"]
-    """Type of the frozen weights; prompts and optimizer are always float32."""
+    precision: Literal["bfloat16", "float32", "int8", "int4"]
+    """Type of the frozen weights, of which `int8` and `int4` are computed with in bfloat16 and need the extra
+    `quantized`; prompts and optimizer are always float32."""
     data: DataSpec
     """The rows."""
     template: str = Field(min_length=1)

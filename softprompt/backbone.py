@@ -28,12 +28,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from softprompt.composition import Composition, as_prefix, concatenate, extend, send, shared_prefix
+from softprompt.composition import Composition, as_prefix, compiled, concatenate, extend, send, shared_prefix
 from softprompt.decoder import fits, written_out
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
 from softprompt.probe import UNABLE, Probe
+from softprompt.quantization import PRECISIONS, QUANTIZED, quantize, require_library
 
 _NOTE = "converted.json"
 """Beside a converted copy: the SHA-256 of each of its files."""
@@ -51,6 +52,8 @@ class Backbone:
     """Where the model can be had again, as plain data; its author gives it meaning."""
     before: tuple[int, ...] = ()
     """Tokens that stand before every prompt; inputs come without them."""
+    compile: bool = False
+    """Whether passes of the model's own layers are compiled, where such a pass is exact."""
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -67,25 +70,33 @@ class Backbone:
         precision: str = "bfloat16",
         device: str = "auto",
         reference: dict[str, Any] | None = None,
+        compile: bool = False,
     ) -> Self:
         """Load a folder that holds a config, safetensors weights and a tokenizer.
 
         Args:
             folder: as `save_pretrained` writes it.
-            precision: `bfloat16` or `float32`, the type of the frozen weights.
+            precision: `bfloat16` or `float32`, the type of the frozen weights; or `int8` or `int4`, in which the linear
+                layers are stored, and computed in bfloat16.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             reference: where the model can be had again; the folder by default.
+            compile: whether passes are compiled.
 
         Raises UserError where the folder is no such model.
         """
         folder = Path(folder)
+        if precision in QUANTIZED:
+            require_library()
         weights = hash_folder(folder)
         place = pick_device(device)
         # On a CPU the fused attention's backward is the slow part of short sequences.
         model, tokenizer = _read_folder(folder, precision, attention="eager" if place.type == "cpu" else None)
-        model.requires_grad_(False).eval().to(place)
+        model.requires_grad_(False).eval()
+        if precision in QUANTIZED:
+            quantize(model, precision, place)  # layer by layer, so that the whole model is never there in bfloat16
+        model.eval().to(place)
         reference = reference or {"kind": "local", "path": str(folder.absolute())}
-        return cls(model, tokenizer, weights, hash_tokenizer(tokenizer), reference)
+        return cls(model, tokenizer, weights, hash_tokenizer(tokenizer), reference, compile=compile)
 
     @property
     def device(self) -> torch.device:
@@ -189,9 +200,11 @@ class Backbone:
         """Quicker ways than the formula, the quickest first."""
         if self.is_encoder_decoder:
             return []
-        # A GPU has the model's own fused attention.
-        fast = self.device.type == "cpu" and fits(self.model)
-        return [written_out, shared_prefix] if fast else [shared_prefix]
+        if self.compile:
+            return [compiled(shared_prefix), shared_prefix]
+        if self.device.type == "cpu" and fits(self.model):  # a GPU has the model's own fused attention
+            return [written_out, shared_prefix]
+        return [shared_prefix]
 
     @cached_property
     def native(self) -> Composition[Any]:
@@ -278,7 +291,7 @@ def _read_folder(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = _read_model(
-            kind, folder, dtype=getattr(torch, precision), use_safetensors=True, attn_implementation=attention
+            kind, folder, dtype=PRECISIONS[precision], use_safetensors=True, attn_implementation=attention
         )
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that is wrong makes transformers raise anything

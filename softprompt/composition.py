@@ -458,6 +458,13 @@ def _copy(cache: Cache) -> Cache:
     return own
 
 
+def compiled(composition: Composition[States], *, backend: str = "inductor") -> Composition[States]:
+    """The same numbers by code that `torch.compile` makes, for all lengths and numbers of rows; it takes minutes."""
+    keep = torch.compile(composition.keep, dynamic=True, backend=backend)
+    attend = torch.compile(composition.attend, dynamic=True, backend=backend)
+    return replace(composition, name=f"{composition.name}, compiled", keep=keep, attend=attend)
+
+
 def pad_left(prompts: Sequence[Tensor], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[K, P, H]` in the model's type and `[K, P]` ones and zeros, P being the longest of the lengths."""
     longest = max(len(p) for p in prompts)

@@ -23,7 +23,9 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @lru_cache(maxsize=1)
-def load_backbone(model: ModelSpec, *, precision: str = "bfloat16", device: str = "auto") -> Backbone:
+def load_backbone(
+    model: ModelSpec, *, precision: str = "bfloat16", device: str = "auto", compile: bool = False
+) -> Backbone:
     """The backbone of a model spec; the one loaded last is kept for the next call of the process.
 
     Raises UserError where the model cannot be had or is not what its pin says.
@@ -32,7 +34,7 @@ def load_backbone(model: ModelSpec, *, precision: str = "bfloat16", device: str 
     reference = model.model_dump(mode="json")
     if isinstance(model, LocalModel):
         reference["path"] = str(folder.absolute())  # a prompt is opened from other working directories
-    return Backbone.load(folder, precision=precision, device=device, reference=reference)
+    return Backbone.load(folder, precision=precision, device=device, reference=reference, compile=compile)
 
 
 def load_base(reference: dict[str, Any], *, precision: str, device: str = "auto") -> Backbone:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, collate, collate_tree
+from softprompt.composition import Batch, Example, collate, collate_tree, send
 from softprompt.trie import Labels, Trie
 
 Logits = Callable[[Batch], Tensor]
@@ -84,10 +84,10 @@ class OverLabels:
         self, backbone: Backbone, examples: Sequence[Example], owner: Sequence[int], logits: Logits
     ) -> tuple[Tensor, Tensor]:
         """`[N]` cross-entropies and their prompts."""
-        gold = torch.tensor([self._labels.index(e.target) for e in examples], device=backbone.device)
+        gold = send(torch.tensor([self._labels.index(e.target) for e in examples]), backbone.device)
         score = self._score_together if self._whole else self._score_apart
         found = nn.functional.cross_entropy(score(backbone, examples, owner, logits), gold, reduction="none")
-        return found, torch.tensor(owner, device=backbone.device)
+        return found, send(torch.tensor(owner), backbone.device)
 
     def _score_together(
         self, backbone: Backbone, examples: Sequence[Example], owner: Sequence[int], logits: Logits

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softprompt.backbone import Backbone
 from softprompt.checkpointing import checkpointed
-from softprompt.composition import Composition, Example, lift
+from softprompt.composition import Composition, Example, lift, send
 from softprompt.dropout import dropping_out
 from softprompt.errors import UserError
 from softprompt.loss import Loss
@@ -70,7 +70,7 @@ class Passes:
         """
         model, parts = backbone.model, self.cut(work.lengths)
         prompts = backbone.extend(work.prompts, work.opening)
-        terms = torch.tensor(work.terms, device=backbone.device)
+        terms = send(torch.tensor(work.terms), backbone.device)
         losses = torch.zeros(len(prompts), device=backbone.device)
         with self._composition(backbone, work.dropout_seed) as composition:
             ends, leaves, logits = prompts, prompts, partial(composition, model, prompts)

@@ -8,6 +8,7 @@ from math import ceil
 
 from softprompt.device import memory, time_run
 from softprompt.passes import Work
+from softprompt.quantization import count_parameters
 from softprompt.sizing import choose_slots, estimate_memory
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
 from softprompt.workbench import Workbench
@@ -38,7 +39,7 @@ def plan_evaluation(bench: Workbench) -> dict[str, str]:
 def _describe_materials(bench: Workbench) -> dict[str, str]:
     experiment, data, backbone = bench.experiment, bench.data, bench.backbone
     cut = sum(bench.split(name).cut for name in data.sizes)
-    parameters = sum(p.numel() for p in backbone.model.parameters())
+    parameters = count_parameters(backbone.model)
     return {
         "experiment": f"{experiment.name}, fingerprint {experiment.fingerprint[:12]}, seed {experiment.seed}",
         "model": f"{parameters / 1e6:.0f} M parameters in {experiment.precision} on {backbone.device}, "

@@ -21,6 +21,7 @@ from softprompt.backbone import Backbone
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
 from softprompt.prefix import is_prefix, length_of, method_of
+from softprompt.quantization import PRECISIONS
 from softprompt.template import columns_of
 
 FORMAT = 1
@@ -44,7 +45,7 @@ _FIELDS: dict[str, type] = {
     "provenance": dict,
 }
 """What `softprompt.json` holds."""
-_CHOICES = {"precision": ("bfloat16", "float32"), "position": ("start", "after_bos")}
+_CHOICES = {"precision": PRECISIONS, "position": ("start", "after_bos")}
 _DIMENSIONS = {"prompt_tuning": 2, "prefix_tuning": 5}
 """Of the tensor, by method."""
 

@@ -49,7 +49,10 @@ class Workbench:
         self.experiment = experiment
         self.data = data or prepare(experiment, cache_home())
         backbone = backbone or load_backbone(
-            experiment.model, precision=experiment.precision, device=experiment.execution.device
+            experiment.model,
+            precision=experiment.precision,
+            device=experiment.execution.device,
+            compile=experiment.execution.compile,
         )
         self.backbone = backbone.placed(experiment.prompt_position)
         self.labels = encode_labels(

@@ -59,7 +59,10 @@ def _baselines_key(_: Any, arguments: dict[str, Any]) -> str | None:
     try:
         data = load_prepared(Path(arguments["data"]))
         # As the task has it, from memory: a local folder may hold other weights than last time.
-        backbone = load_backbone(experiment.model, precision=experiment.precision, device=experiment.execution.device)
+        place = experiment.execution
+        backbone = load_backbone(
+            experiment.model, precision=experiment.precision, device=place.device, compile=place.compile
+        )
     except UserError:
         return None  # said by the task itself
     parts = experiment.model_dump(mode="json", include={"model", "precision", "template", "labels", "evaluation"})

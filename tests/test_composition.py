@@ -22,6 +22,7 @@ from softprompt.composition import (
     Tree,
     collate,
     collate_tree,
+    compiled,
     concatenate,
     concatenate_left,
     lift,
@@ -54,9 +55,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
 
 
-def model_of(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def model_of(name: str, dtype: torch.dtype, **overrides: Any) -> PreTrainedModel:
     window = {"sliding_window": WINDOWS[name]} if name in WINDOWS else {}
-    model = tiny_model(name.partition(",")[0], **window)
+    model = tiny_model(name.partition(",")[0], **window, **overrides)
     return model.bfloat16() if dtype == torch.bfloat16 else model
 
 
@@ -175,6 +176,23 @@ def test_a_pass_waits_for_no_number_of_the_device(kind: str, lengths: list[int])
     logits = shared_prefix(model, prompts, batch)
     nn.functional.cross_entropy(logits, batch.targets).backward()
     assert all(prompt.grad is not None for prompt in prompts)
+
+
+WIDTHS = ([(4, 1), (9, 2), (6, 1)], [(12, 1), (5, 3), (7, 2)], [(19, 1), (2, 1), (3, 3)])
+"""None as wide as a head, whose width is written into the code where one is met."""
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo, about its own look
+def test_a_pass_can_be_compiled_once_for_all_widths() -> None:
+    """As far as the graph; the code for it is made, and measured, where there is a GPU."""
+    base = tiny_backbone(attn_implementation="sdpa", num_hidden_layers=1)
+    fast = compiled(shared_prefix, backend="aot_eager")
+    first, *others = (lay_out(draw_examples(sizes), [0, 0, 0]) for sizes in WIDTHS)
+    (prompt,) = draw_prompts([5])
+    assert_same(run(fast, base, [prompt], first), run(shared_prefix, base, [prompt], first))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in others:
+            assert_same(run(fast, base, [prompt], batch), run(shared_prefix, base, [prompt], batch))
 
 
 def test_columns_are_a_multiple_of_what_is_asked_for() -> None:

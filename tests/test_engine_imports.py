@@ -6,7 +6,7 @@ import sys
 
 ENGINE = ["backbone", "checkpointing", "composition", "decoder", "dropout", "encoder_decoder", "errors", "generation"]
 ENGINE += ["inference", "initialization", "loss", "operations", "packages", "parameterization", "passes", "prefix"]
-ENGINE += ["probe", "prompt", "template", "training", "trie"]
+ENGINE += ["probe", "prompt", "quantization", "template", "training", "trie"]
 ABOVE = {
     "optuna",
     "mlflow",

@@ -96,4 +96,4 @@ def test_bounds_reach_the_form():
     assert parts["TrainingSpec"]["properties"]["steps"]["minimum"] == 1
     assert parts["ExperimentSpec"]["properties"]["seed"]["exclusiveMaximum"] == 2**32
     assert parts["ExperimentSpec"]["additionalProperties"] is False
-    assert parts["ExperimentSpec"]["properties"]["precision"]["enum"] == ["bfloat16", "float32"]
+    assert parts["ExperimentSpec"]["properties"]["precision"]["enum"] == ["bfloat16", "float32", "int8", "int4"]

@@ -224,7 +224,7 @@ def test_vectors_that_are_none_are_refused(
         ({"words": []}, r"words must be dict, found \[\]"),
         ({"words": {}}, "words must map labels to text"),
         ({"words": {"negative": 7}}, "words must map labels to text"),
-        ({"precision": "int4"}, "precision must be one of bfloat16, float32, found 'int4'"),
+        ({"precision": "int2"}, "precision must be one of bfloat16, float32, int8, int4, found 'int2'"),
         ({"position": "end"}, "position must be one of start, after_bos, found 'end'"),
         ({"encoder_decoder": 1}, "encoder_decoder must be bool, found 1"),
         ({"base": "somewhere"}, "base must be dict"),

@@ -49,7 +49,7 @@ def test_the_default_experiment_is_valid():
         ("budget.minutes=.nan", "budget.minutes: Input should be a finite number, found nan"),
         ("budget={}", "budget: give trials, minutes or both"),
         ("name=A film", "name: String should match pattern"),
-        ("precision=int8", "precision: Input should be 'bfloat16' or 'float32', found 'int8'"),
+        ("precision=int2", "precision: Input should be 'bfloat16', 'float32', 'int8' or 'int4', found 'int2'"),
         ("execution.slots=0", "execution.slots: Input should be greater than or equal to 1, found 0"),
         (
             "execution.slots=1.5",
@@ -235,6 +235,7 @@ EXECUTION = {
     "execution.slots": 4,
     "execution.micro_batch_tokens": 512,
     "execution.gradient_checkpointing": True,
+    "execution.compile": True,
 }
 
 

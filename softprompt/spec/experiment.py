@@ -93,6 +93,8 @@ class ExecutionSpec(Spec):
     """
     gradient_checkpointing: bool = False
     """Whether to compute the inside of the model's layers again on the way back: less memory, a third more work."""
+    compile: bool = False
+    """Whether passes of the model are compiled by `torch.compile`, which takes minutes and needs a C++ compiler."""
 
 
 class ExperimentSpec(Spec):
@@ -104,8 +106,9 @@ class ExperimentSpec(Spec):
     """Seed of the splits, the search and every trial."""
     model: ModelSpec
     """The frozen language model."""
-    precision: Literal["bfloat16", "float32"]
-    """Type of the frozen weights; prompts and optimizer are always float32."""
+    precision: Literal["bfloat16", "float32", "int8", "int4"]
+    """Type of the frozen weights, of which `int8` and `int4` are computed with in bfloat16 and need the extra
+    `quantized`; prompts and optimizer are always float32."""
     data: DataSpec
     """The rows."""
     template: str = Field(min_length=1)

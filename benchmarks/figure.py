@@ -31,9 +31,11 @@ def draw(record: dict[str, Any]) -> Figure:
         axes.set_ylim(0, 1.1 * most)
         axes.set_xlabel(_GROWTH[name])
         axes.set_ylabel("training, examples/s" if place == 0 else "")
+    marks = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside upper right", ncols=2, frameon=False)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{record['device']}, bfloat16, {record['date']}")
+    figure.suptitle(f"{record['device']}, bfloat16, {record['date']}", x=0.01, ha="left")
     return figure
 
 
@@ -41,7 +43,6 @@ def _draw_rates(axes: Axes, results: dict[str, Any]) -> None:
     rows = {_RATES[key]: result for key, result in results.items()}
     _draw_bars(axes, rows, {name: f"  ({result['ratio']:.1f}x)" for name, result in rows.items()})
     axes.set_xlabel("examples/s")
-    axes.legend(frameon=False, loc="upper right")
 
 
 def _draw_memory(axes: Axes, used: dict[str, dict[str, float]]) -> None:
@@ -70,6 +71,7 @@ def _draw_race(axes: Axes, result: dict[str, Any]) -> None:
     axes.axhline(100 * result["score"], color="black", linestyle=":", linewidth=1)
     axes.set_title(f"one trial to {result['score']:.0%}", fontsize=10)
     axes.set_xlabel("seconds of training and scoring")
+    axes.set_xlim(left=0)
     axes.set_ylabel(f"accuracy on {result['rows']} rows, %")
 
 
@@ -80,6 +82,7 @@ def _draw_sweep(axes: Axes, result: dict[str, Any]) -> None:
     axes.axhline(100 * result["score"], color="black", linestyle=":", linewidth=1)
     axes.set_title("a sweep to equal best score", fontsize=10)
     axes.set_xlabel("seconds of search")
+    axes.set_xlim(left=0)
     axes.set_ylabel(f"best accuracy on {result['rows']} rows so far, %")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sizes import FULL, GPU
+
 BEGIN, END = "<!-- written by `make bench` -->", "<!-- end of what it writes -->"
 _UNPROVEN = {"cpu": "unproven: not measured yet", "cuda": "unproven: no GPU was at hand"}
 
@@ -99,18 +101,18 @@ _LINES: Sequence[tuple[str, str, str, Callable[[Record], Cells]]] = (
     ("cpu", "training, P=20, B=16, examples/s", "5", _rate("train_p20")),
     ("cpu", "training, P=100, B=16, examples/s", "8", _rate("train_p100")),
     ("cpu", "inference, P=100, examples/s", "5", _rate("infer_p100")),
-    ("cpu", "share of the matrix-multiply peak in training", "70 %", lambda r: (f"{r['matmul_share']:.0%}", "", "")),
-    ("cpu", "one trial to 85 % on 200 validation rows", "", _race),
-    ("cpu", "a sweep of 16 trials to equal best score", "6", _sweep),
+    ("cpu", "share of the matrix-multiply peak in training", "70%", lambda r: (f"{r['matmul_share']:.0%}", "", "")),
+    ("cpu", f"one trial to {FULL.score:.0%} on {FULL.score_rows} validation rows", "", _race),
+    ("cpu", f"a sweep of {FULL.trials} trials to equal best score", "6", _sweep),
     ("cpu", "the whole of both sweeps", "", _whole),
     ("cpu", "peak memory of training, P=20", "", _memory("20")),
     ("cpu", "peak memory of training, P=100", "", _memory("100")),
-    ("cuda", "H100 or H200: a sweep of 32 trials to equal best score", "15", _sweep),
+    ("cuda", f"H100 or H200: a sweep of {GPU.trials} trials to equal best score", "15", _sweep),
     ("cuda", "H100 or H200: training, 1.2 B parameters, P=20, tokens/s", "2", lambda r: _rates(r["large"])),
     (
         "cuda",
         "H100 or H200: share of the matrix-multiply peak in that",
-        "50 %",
+        "50%",
         lambda r: (f"{r['large']['matmul_share']:.0%}", "", ""),
     ),
 )

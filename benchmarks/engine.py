@@ -1,301 +1,154 @@
-"""Examples a second in training and in inference, ours against PEFT with the Hugging Face Trainer.
+"""The engine beside PEFT with the Hugging Face Trainer, measured in one run.
 
-Both sides take turns in one process, on the same rows in the same batches, with the same frozen bfloat16 weights, AdamW
-and clipping; what counts is the ratio within a round. Batches are of like length and padded on the right for both. The
-peer's model is loaded as transformers loads it by default, with fused attention. Rounds begin with steps that are not
-counted.
+Both sides take turns, on the same rows in the same batches, with the same frozen weights, AdamW and clipping; what
+counts is the ratio within a round. The results go into `benchmarks/results/`, from where the docs have their table and
+figure. On a GPU a model of 1 B parameters is measured as well, and the sweep has 32 trials.
 
-    make bench            all of it, and the figure of the docs
+    make bench            all of it
     make bench QUICK=1    a short pass of the same, kept apart
 """
 
 import argparse
 import json
-import platform
-import re
-import time
-from collections.abc import Callable, Iterator
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
-from torch import Tensor
-from torch.utils.data import SequentialSampler
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
+from benchmarks import growth, large, memory, ours, peer, quality, sweep
 from benchmarks.figure import draw
-from softprompt.composition import Example
-from softprompt.home import cache_home
-from softprompt.inference import ROWS, Classifier
-from softprompt.loading import locate
+from benchmarks.sizes import FULL, GPU, QUICK, Sizes
+from benchmarks.subject import Subject
+from benchmarks.table import name_figure, write_docs
+from benchmarks.timing import describe_device, in_turns, measure_peak
+from softprompt.inference import ROWS
 from softprompt.spec import load_experiment
-from softprompt.training import Settings, Slot, step
-from softprompt.workbench import Workbench
 
 ROOT = Path(__file__).parent.parent
-WARM_UP = 2
-"""Steps or passes of a round that are not counted."""
-
-
-class Measured:
-    """The experiment that both sides work on."""
-
-    def __init__(self) -> None:
-        self.bench = Workbench(load_experiment(ROOT / "experiments" / "movie-sentiment.yaml"))
-        self.backbone = self.bench.backbone
-        self.labels = list(self.bench.labels.values())
-        folder = locate(self.bench.experiment.model, cache_home())
-        peer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
-        self.peer = peer.to(self.backbone.device).eval()
-
-    def prompt(self, length: int) -> Tensor:
-        """A prompt `[P, H]` of sampled vocabulary."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(len(self.backbone.embeddings), (length,), generator=generator)
-        return self.backbone.embed(ids.tolist()).cpu()
-
-    def slot(self, length: int, batch_size: int = 16, seed: int = 0) -> Slot:
-        """A prompt in training."""
-        settings = Settings(
-            steps=10**6,
-            batch_size=batch_size,
-            learning_rate=0.01,
-            schedule="constant",
-            warmup_steps=0,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            seed=seed,
-        )
-        return Slot(self.prompt(length), self.bench.examples, settings, self.backbone.device)
-
-    def peft(self, length: int) -> PeftModel:
-        """The same prompt in the peer, over the same weights."""
-        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
-        model = get_peft_model(self.peer, config)
-        assert isinstance(model, PeftModel)
-        model.get_parameter("prompt_encoder.default.embedding.weight").data.copy_(self.prompt(length))
-        return model
-
-
-def measure_peak(device: torch.device) -> float:
-    """FLOP/s of the best of some bfloat16 matrix products of 4096 by 4096."""
-    a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 4096**3 / min(timed(lambda: a @ b) for _ in range(8))
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of a call, all work of the device included."""
-    began = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def train_ours(measured: Measured, slots: list[Slot], steps: int) -> float:
-    """Examples a second."""
-    for _ in range(WARM_UP):
-        step(measured.backbone, slots)
-    rows = sum(slot.settings.batch_size for slot in slots)
-    return steps * rows / timed(lambda: [step(measured.backbone, slots) for _ in range(steps)])
-
-
-def train_fresh(measured: Measured, length: int, steps: int) -> float:
-    """Examples a second of one new prompt."""
-    return train_ours(measured, [measured.slot(length)], steps)
-
-
-class _Clock(TrainerCallback):
-    """When the counted steps began."""
-
-    began = 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == WARM_UP:
-            self.began = time.perf_counter()
-
-
-class _InOrder(Trainer):
-    """Takes the rows as they come: they are in batches of like length already."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(rows)
-
-
-def train_peft(measured: Measured, length: int, steps: int, batch_size: int = 16) -> float:
-    """Examples a second of PEFT with the Trainer, on the batches that `train_ours` begins with."""
-    slot, rows = measured.slot(length, batch_size), []
-    for slot.steps_done in range(WARM_UP + steps):
-        rows += [{"example": example} for example in slot.next_examples()]
-    clock = _Clock()
-    arguments = TrainingArguments(
-        output_dir="/nonexistent",
-        max_steps=WARM_UP + steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=0.01,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        remove_unused_columns=False,
-        use_cpu=measured.backbone.device.type == "cpu",
-    )
-    trainer = _InOrder(measured.peft(length), arguments, data_collator=pad_right, train_dataset=rows, callbacks=[clock])
-    trainer.train()
-    return steps * batch_size / (time.perf_counter() - clock.began)
-
-
-def pad_right(rows: list[dict[str, Example]]) -> dict[str, Tensor]:
-    """A batch as PEFT takes it; the loss stands at the target tokens alone."""
-    lines = [[*row["example"].inputs, *row["example"].target] for row in rows]
-    width = max(map(len, lines))
-    labels = [[-100] * len(row["example"].inputs) + list(row["example"].target) for row in rows]
-    return {
-        "input_ids": torch.tensor([line + [0] * (width - len(line)) for line in lines]),
-        "attention_mask": torch.tensor([[1] * len(line) + [0] * (width - len(line)) for line in lines]),
-        "labels": torch.tensor([line + [-100] * (width - len(line)) for line in labels]),
-    }
-
-
-def infer_ours(measured: Measured, length: int, inputs: list[tuple[int, ...]]) -> float:
-    """Examples a second."""
-    classifier = Classifier(measured.backbone, measured.prompt(length), measured.labels)
-    classifier.score(inputs[:64])
-    return len(inputs) / timed(lambda: classifier.score(inputs))
-
-
-def infer_peft(measured: Measured, length: int, inputs: list[tuple[int, ...]]) -> float:
-    """Examples a second, in batches of as many rows of like length."""
-    model, device = measured.peft(length).eval(), measured.backbone.device
-    ordered = sorted(inputs, key=len)
-
-    def run(rows: list[tuple[int, ...]]) -> None:
-        for start in range(0, len(rows), ROWS):
-            batch = pad_right([{"example": Example(row, ())} for row in rows[start : start + ROWS]])
-            mask = batch["attention_mask"]
-            logits = model(input_ids=batch["input_ids"].to(device), attention_mask=mask.to(device)).logits
-            logits[torch.arange(len(mask)), length + mask.sum(1) - 1].log_softmax(1).cpu()
-
-    with torch.inference_mode():
-        run(ordered[:64])
-        return len(inputs) / timed(lambda: run(ordered))
-
-
-def in_turns(rounds: int, ours: Callable[[], float], peers: Callable[[], float]) -> dict[str, Any]:
-    """Both sides by turns; the ratio is the median of the rounds' ratios."""
-    pairs = [(ours(), peers()) for _ in range(rounds)]
-    for our, peer in pairs:
-        print(f"  ours {our:7.2f}   PEFT {peer:7.2f}   ratio {our / peer:.2f}", flush=True)
-    return {
-        "ours": round(median(our for our, _ in pairs), 2),
-        "peft": round(median(peer for _, peer in pairs), 2),
-        "ratio": round(median(our / peer for our, peer in pairs), 2),
-        "rounds": [[round(our, 2), round(peer, 2)] for our, peer in pairs],
-    }
-
-
-def share_of_peak(measured: Measured, length: int, steps: int, peak: float) -> float:
-    """Share of the peak that training reaches, by the products that it does."""
-    slot = measured.slot(length)
-    step(measured.backbone, [slot])
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(steps):
-            step(measured.backbone, [slot])
-    slot.steps_done = 1
-    seconds = timed(lambda: [step(measured.backbone, [slot]) for _ in range(steps)])
-    return round(float(counter.get_total_flops()) / seconds / peak, 3)
-
-
-def grow(measured: Measured, steps: int, quick: bool) -> Iterator[tuple[str, dict[str, float]]]:
-    """Our examples a second by prompt length, by batch size and by prompts side by side."""
-    lengths, batches, sides = (
-        ((1, 20, 100), (4, 16, 64), (1, 4)) if quick else ((1, 5, 20, 50, 100), (4, 8, 16, 32, 64), (1, 2, 4, 8))
-    )
-    yield "P", {str(p): round(train_ours(measured, [measured.slot(p)], steps), 2) for p in lengths}
-    yield (
-        "B",
-        {str(b): round(train_ours(measured, [measured.slot(20, b)], max(2, steps * 16 // b)), 2) for b in batches},
-    )
-    yield (
-        "K",
-        {
-            str(k): round(train_ours(measured, [measured.slot(20, seed=n) for n in range(k)], max(2, steps // k)), 2)
-            for k in sides
-        },
-    )
-
-
-def describe_device(device: torch.device) -> tuple[str, str]:
-    """The device in words, and as the name of a file."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{_processor()}, {torch.get_num_threads()} threads"
-    )
-    return name, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    """Measure, print, write the results and draw them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, print, write the results, and put them into the docs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short pass of the same")
     quick = parser.parse_args().quick
-    rounds, steps, rows = (2, 4, 192) if quick else (3, 10, 400)
-    measured = Measured()
-    before = measured.backbone.weights_in_memory_sha256()
-    device, name = describe_device(measured.backbone.device)
-    peak = measure_peak(measured.backbone.device)
-    print(f"{device}: {peak / 1e9:.0f} GFLOP/s in bfloat16; {measured.backbone.composition.name}")
-    inputs, results = measured.bench.split("validation").inputs[:rows], {}
-    for length in (20, 100):
-        print(f"training, P={length}, B=16, examples a second")
-        results[f"train_p{length}"] = in_turns(
-            rounds, partial(train_fresh, measured, length, steps), partial(train_peft, measured, length, steps)
-        )
-    print(f"inference, P=100, {ROWS} rows a pass, examples a second")
-    results["infer_p100"] = in_turns(
-        rounds, partial(infer_ours, measured, 100, inputs), partial(infer_peft, measured, 100, inputs)
-    )
-    share = share_of_peak(measured, 20, steps, peak)
-    print(f"share of the peak in training, P=20, B=16: {share:.0%}")
-    growth = dict(grow(measured, steps, quick))
-    assert measured.backbone.weights_in_memory_sha256() == before, "the frozen weights changed"
-    record = {
-        **{key: result["ratio"] for key, result in results.items()},
-        "matmul_share": share,
-        "device": device,
-        "date": datetime.now(UTC).date().isoformat(),
-        "quick": quick,
-        "peak_gflops": round(peak / 1e9),
-        "composition": measured.backbone.composition.name,
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft")},
-        "examples_a_second": results,
-        "growth": growth,
-    }
-    print(json.dumps({key: record[key] for key in (*results, "matmul_share")}))
-    file = ROOT / "benchmarks" / "results" / f"{name}{'.quick' if quick else ''}.json"
+    with _own_state():
+        subject = Subject(load_experiment(ROOT / "experiments" / "movie-sentiment.yaml"))
+        cuda = subject.backbone.device.type == "cuda"
+        sizes = QUICK if quick else GPU if cuda else FULL
+        record = measure(subject, sizes) | {"quick": quick}
+        if cuda:
+            record |= measure_large(subject, sizes, large.LLAMA_1B)
+    print(json.dumps({key: value for key, value in record.items() if isinstance(value, float)}))
+    file = RESULTS / f"{describe_device(subject.backbone.device)[1]}{'.quick' if quick else ''}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written to {file.relative_to(ROOT)}")
     if not quick:
-        draw(record).savefig(ROOT / "docs" / "images" / "engine.png")
+        draw(record).savefig(ROOT / "docs" / "images" / name_figure(record))
+        write_docs(ROOT / "docs" / "engine.md", RESULTS)
+
+
+@contextmanager
+def _own_state() -> Iterator[None]:
+    """The records of the sweep last as long as the benchmark, and go to no server of the user's."""
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["SOFTPROMPT_HOME"] = home
+        for name in ("MLFLOW_TRACKING_URI", "SOFTPROMPT_STORAGE"):
+            os.environ.pop(name, None)
+        yield
+
+
+def measure(subject: Subject, sizes: Sizes) -> dict[str, Any]:
+    """The record of a device: ratios and share first, then what they come from."""
+    backbone, device = subject.backbone, subject.backbone.device
+    before, peak = backbone.weights_in_memory_sha256(), measure_peak(device, sizes.matrix)
+    print(f"{describe_device(device)[0]}: {peak / 1e9:,.0f} GFLOP/s in bfloat16; {backbone.composition.name}")
+    rates = measure_rates(subject, sizes)
+    share = ours.share_of_peak(backbone, subject.start(20), sizes.steps[20], sizes.warm_up, peak)
+    print(f"training, P=20, B=16, reaches {share:.0%} of the peak; how it grows", flush=True)
+    grown = growth.grow(subject, sizes)
+    print(f"a trial to {sizes.score:.0%} on {sizes.score_rows} validation rows", flush=True)
+    raced = quality.race(subject, sizes)
+    slots = max(sizes.sides, key=lambda k: grown["K"]["ours"][str(k)])
+    print(f"a sweep of {sizes.trials} trials, ours with slots={slots}", flush=True)
+    swept = sweep.measure(subject, sizes, slots)
+    print("peak memory", flush=True)
+    used = memory.measure(_memory_job(subject, sizes))
+    assert backbone.weights_in_memory_sha256() == before, "the frozen weights changed"
+    return {
+        **{key: result["ratio"] for key, result in rates.items()},
+        "matmul_share": share,
+        f"sweep_{sizes.trials}": swept["ratio"],
+        "time_to_score": raced["ratio"],
+        "device": describe_device(device)[0],
+        "device_type": device.type,
+        "date": datetime.now(UTC).date().isoformat(),
+        "peak_gflops": round(peak / 1e9),
+        "composition": backbone.composition.name,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optuna")},
+        "examples_a_second": rates,
+        "quality": raced,
+        "sweep": swept,
+        "peak_memory_mb": used,
+        "growth": grown,
+    }
+
+
+def measure_rates(subject: Subject, sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """Examples a second of both sides by turns."""
+    rates = {}
+    for length, steps in sizes.steps.items():
+        print(f"training, P={length}, B=16, examples a second", flush=True)
+        start = subject.start(length)
+        rates[f"train_p{length}"] = in_turns(
+            sizes.rounds,
+            partial(ours.train, subject.backbone, [start], steps, sizes.warm_up),
+            partial(peer.train, subject.base, start, steps, sizes.warm_up),
+        )
+    print(f"inference, P=100, {ROWS} rows a pass, examples a second", flush=True)
+    inputs, prompt = subject.validation(sizes.rows)[0], subject.prompt(100)
+    rates["infer_p100"] = in_turns(
+        sizes.rounds,
+        partial(ours.infer, subject.backbone, prompt, inputs, subject.labels, sizes.warm_rows),
+        partial(peer.infer, subject.base, prompt, inputs, subject.labels, sizes.warm_rows),
+    )
+    return rates
+
+
+def measure_large(subject: Subject, sizes: Sizes, shape: large.Shape) -> dict[str, Any]:
+    """The record of a model with random weights, with its ratio and share."""
+    print(f"training, a model of 1 B parameters, P={shape.prompt}, tokens a second", flush=True)
+    device, tokenizer = subject.backbone.device, subject.backbone.tokenizer
+    result = large.measure(
+        shape,
+        tokenizer,
+        device,
+        rounds=sizes.rounds,
+        steps=sizes.steps[20],
+        warm_up=sizes.warm_up,
+        peak=measure_peak(device, sizes.matrix),
+    )
+    return {"train_1b": result["ratio"], "matmul_share_1b": result["matmul_share"], "large": result}
+
+
+def _memory_job(subject: Subject, sizes: Sizes) -> memory.Job:
+    """The longest batch of some fifty, twice for each prompt length."""
+    start = subject.start(1)
+    longest = sorted(start.rows(50), key=lambda example: len(example.inputs))[-start.settings.batch_size :]
+    return memory.Job(
+        folder=str(subject.folder.absolute()),
+        precision=subject.experiment.precision,
+        device=str(subject.backbone.device),
+        lengths=tuple(sorted(sizes.steps)),
+        steps=2,
+        rows=[(example.inputs, example.target) for example in longest],
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
 from softprompt.training import forward
-from softprompt.workbench import Workbench
+from softprompt.workbench import Split, Workbench
 
 
 def plan(bench: Workbench) -> dict[str, str]:
@@ -35,7 +35,9 @@ def plan_evaluation(bench: Workbench) -> dict[str, str]:
 
 def _describe_materials(bench: Workbench) -> dict[str, str]:
     experiment, data, backbone = bench.experiment, bench.data, bench.backbone
-    cut = sum(bench.split(name).cut for name in data.sizes)
+    cut = f"{sum(bench.split(name).cut for name in data.sizes)} inputs"
+    if not bench.labels:
+        cut += f" and {bench.targets_cut} texts"
     parameters = sum(p.numel() for p in backbone.model.parameters())
     return {
         "experiment": f"{experiment.name}, fingerprint {experiment.fingerprint[:12]}, seed {experiment.seed}",
@@ -43,7 +45,7 @@ def _describe_materials(bench: Workbench) -> dict[str, str]:
         f"weights sha256 {backbone.weights_sha256[:12]}",
         "composition": f"{backbone.composition.name} (deviation {backbone.deviation(backbone.composition):.2g})",
         "data": ", ".join(f"{rows:,} {name}" for name, rows in data.sizes.items())
-        + f" rows, digest {data.digest[:12]}, {cut} inputs cut",
+        + f" rows, digest {data.digest[:12]}, {cut} cut",
     }
 
 
@@ -136,10 +138,12 @@ def _time_step(bench: Workbench, slots: int) -> float:
 
 def _seconds_per_token(bench: Workbench) -> float:
     """Seconds of scoring for each token of input, from one batch of middling rows after the longest prompt."""
-    inputs = sorted(bench.split("validation").inputs, key=len)
-    part = inputs[max(0, len(inputs) // 2 - 32) :][:64]
+    split = bench.split("validation")
+    rows = sorted(zip(split.inputs, split.answers, strict=True), key=lambda row: len(row[0]))
+    inputs, answers = map(list, zip(*rows[max(0, len(rows) // 2 - 32) :][:64], strict=True))
+    part = Split(inputs, answers, cut=0)
     prompt = torch.zeros(_longest(bench.experiment), bench.backbone.hidden_size)
-    return _time(lambda: bench.score(prompt, part), bench.backbone.device) / sum(map(len, part))
+    return _time(lambda: bench.measure(prompt, part), bench.backbone.device) / sum(map(len, inputs))
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:

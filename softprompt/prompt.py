@@ -32,6 +32,8 @@ _FIELDS: dict[str, type] = {
     "vectors_sha256": str,
     "template": str,
     "words": dict,
+    "before": str,
+    "max_new_tokens": int,
     "max_tokens": int,
     "weights_sha256": str,
     "tokenizer_sha256": str,
@@ -52,7 +54,11 @@ class SoftPrompt:
     template: str
     """The input as text, with `{column}` where a column of the row stands."""
     words: dict[str, str]
-    """For each label the text that the model continues with."""
+    """For each label the text that the model continues with; none where it answers with a free text."""
+    before: str = ""
+    """What stands before a free text: it is no part of the answer."""
+    max_new_tokens: int = 0
+    """Most tokens of a free text; 0 where the answer is a label."""
     max_tokens: int
     """Longest input in tokens; longer ones have their longest field cut."""
     weights_sha256: str
@@ -88,10 +94,11 @@ class SoftPrompt:
                 f"{backbone.hidden_size}; fetch the prompt again"
             )
         positions = getattr(backbone.model.config, "max_position_embeddings", None)
-        if positions and self.length + self.max_tokens > positions:
+        if positions and self.length + self.max_tokens + self.max_new_tokens > positions:
+            more = f", max_new_tokens={self.max_new_tokens}" if self.max_new_tokens else ""
             raise UserError(
-                f"the prompt's {self.length} vectors and max_tokens={self.max_tokens} exceed the model's {positions} "
-                "positions; fetch the prompt again"
+                f"the prompt's {self.length} vectors and max_tokens={self.max_tokens}{more} exceed the model's "
+                f"{positions} positions; fetch the prompt again"
             )
 
     def save(self, folder: str | Path) -> Path:
@@ -192,7 +199,10 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
     for key in ("length", "hidden_size", "max_tokens"):
         _require(manifest[key] > 0, folder, key, "be positive", manifest[key])
     words, precision = manifest["words"], manifest["precision"]
-    _require(words and all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
+    texts = all(type(word) is str for word in words.values())
+    _require(texts, folder, "words", "map labels to text", words)
+    most = manifest["max_new_tokens"]
+    _require(most == 0 if words else most > 0, folder, "max_new_tokens", "be 0 beside words, else positive", most)
     _require(precision in _PRECISIONS, folder, "precision", f"be one of {', '.join(_PRECISIONS)}", precision)
     try:
         columns_of(manifest["template"])

@@ -4,8 +4,8 @@ A `Slot` is one prompt being tuned: its vectors, its own AdamW, schedule, data o
 slots that it is given through one forward and one backward pass; a slot's result depends neither on its neighbours nor
 on K, to rounding. A slot's whole state follows from its settings, its data and the number of its steps.
 
-The loss of a slot is the mean cross-entropy of its target tokens (the labels' words), over the vocabulary. What a
-prompt is worth, and when to stop it, is decided elsewhere.
+The loss of a slot is the mean cross-entropy of its target tokens (the words of labels, or texts), over the vocabulary.
+What a prompt is worth, and when to stop it, is decided elsewhere.
 """
 
 import math
@@ -88,7 +88,7 @@ class Slot:
         """`[P, H]`, float32."""
         self.steps_done = 0
         self._examples = examples
-        self._order = BatchOrder([len(e.inputs) for e in examples], settings.batch_size, settings.seed)
+        self._order = BatchOrder([len(e.inputs) + len(e.target) for e in examples], settings.batch_size, settings.seed)
         self._optimizer = torch.optim.AdamW(
             [self.prompt], lr=settings.learning_rate, weight_decay=settings.weight_decay
         )

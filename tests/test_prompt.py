@@ -46,6 +46,16 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     read.require(tiny_backbone())
 
 
+def test_a_prompt_for_free_text_survives_the_folder(tmp_path: Path) -> None:
+    prompt = make_prompt(words={}, before=" ", max_new_tokens=64)
+    read = SoftPrompt.load(prompt.save(tmp_path / "prompt"))
+    assert torch.equal(read.vectors, prompt.vectors)
+    assert replace(read, vectors=prompt.vectors) == prompt
+    rewrite(tmp_path / "prompt", max_new_tokens=None)
+    with pytest.raises(UserError, match=r"softprompt\.json lacks max_new_tokens"):
+        SoftPrompt.load(tmp_path / "prompt")
+
+
 def test_a_folder_holds_three_files_of_kilobytes(tmp_path: Path) -> None:
     files = list(make_prompt().save(tmp_path / "prompt").iterdir())
     assert {f.name for f in files} == {"adapter_config.json", "adapter_model.safetensors", "softprompt.json"}
@@ -181,7 +191,10 @@ def test_vectors_that_are_none_are_refused(tmp_path: Path, vectors: torch.Tensor
         ({"max_tokens": 0}, "max_tokens must be positive, found 0"),
         ({"length": 0}, "length must be positive, found 0"),
         ({"words": []}, r"words must be dict, found \[\]"),
-        ({"words": {}}, "words must map labels to text"),
+        ({"words": {}}, "max_new_tokens must be 0 beside words, else positive, found 0"),
+        ({"max_new_tokens": 9}, "max_new_tokens must be 0 beside words, else positive, found 9"),
+        ({"words": {}, "max_new_tokens": -1}, "max_new_tokens must be 0 beside words, else positive, found -1"),
+        ({"before": 7}, "before must be str"),
         ({"words": {"negative": 7}}, "words must map labels to text"),
         ({"precision": "int4"}, "precision must be one of bfloat16, float32, found 'int4'"),
         ({"base": "somewhere"}, "base must be dict"),

@@ -71,6 +71,13 @@ def test_the_default_experiment_is_valid():
         ("labels.bins.0={label: a, word: b, min: 3, max: 2}", "labels.bins.0: min <= max must hold, got min=3, max=2"),
         ("labels={kind: column, field: l, words: {a: x}}", "labels.words: Dictionary should have at least 2 items"),
         ("labels={kind: column, field: l, words: {0: x, 1: y}}", "labels.words.0: a key must be text; put it in"),
+        ("labels={kind: text, field: l}", "labels.max_new_tokens: is required and missing"),
+        ("labels={kind: text, field: l, max_new_tokens: 0}", "labels.max_new_tokens: Input should be greater than"),
+        (
+            "labels={kind: text, field: l, max_new_tokens: 9, words: {}}",
+            "labels.words: no such key; check its spelling",
+        ),
+        ("labels={kind: text, field: l, max_new_tokens: 9}", "search.initialization: `labels` starts from label words"),
         ("splits.test=0", "splits.test: Input should be greater than or equal to 1, found 0"),
         ("search.length=0", "search.length: Input should be greater than or equal to 1, found 0"),
         ("search.length={low: 9, high: 3}", "search.length: low <= high must hold, got low=9, high=3"),

@@ -94,7 +94,7 @@ class ExperimentSpec(Spec):
     template: str = Field(min_length=1)
     """The input as text, with `{column}` where a column of the row stands."""
     labels: LabelSpec
-    """Which label a row has, and the words that stand for it."""
+    """The target: which label a row has and the words that stand for it, or the column of a free text."""
     splits: SplitSpec
     """How many rows each split gets."""
     training: TrainingSpec
@@ -112,6 +112,8 @@ class ExperimentSpec(Spec):
     def _consistent(self) -> Self:
         if not self.fields:
             raise ValueError("template: must name at least one column, as in '{text}'")
+        if not self.labels.words and any(spec.kind == "labels" for spec in self.search.initialization):
+            raise ValueError("search.initialization: `labels` starts from label words, and free text has none; drop it")
         return self
 
     @property

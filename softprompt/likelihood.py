@@ -40,9 +40,10 @@ def score_targets(backbone: Backbone, prompt: Tensor, examples: Sequence[Example
     for rows in _passes(rest):
         batch = collate([rest[i] for i in rows], [0] * len(rows), pad=backbone.pad, device=backbone.device)
         logits = backbone.composition.attend(backbone.model, states, batch).float()
-        nats = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none").double()
-        missed = (logits.argmax(1) != batch.targets).double()
-        sums = nats.new_zeros(2, len(rows)).index_add(1, batch.rows, torch.stack([nats, missed])).cpu().numpy()
+        nats = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+        missed = (logits.argmax(1) != batch.targets).to(nats.dtype)
+        tokens = torch.stack([nats, missed]).cpu().double()
+        sums = tokens.new_zeros(2, len(rows)).index_add(1, batch.rows.cpu(), tokens).numpy()
         log_probabilities[rows], greedy[rows] = -sums[0], sums[1] == 0
     return Likelihoods(log_probabilities, greedy)
 

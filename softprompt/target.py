@@ -4,7 +4,6 @@ Everything that trains, searches and records asks a `Target`, and does not know 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,7 +97,7 @@ class TextTarget:
         self.longest = max_new_tokens
         """The most tokens of a target, its end included."""
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """No words, but what stands before the text, and the limit."""
         return {"words": {}, "before": self._before, "max_new_tokens": self.longest}

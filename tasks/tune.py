@@ -31,6 +31,10 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
     watcher().stage("loading the model")
     bench = Workbench(experiment, load_prepared(Path(data)))
     watcher().stage(f"model ready on {bench.backbone.device}, {bench.backbone.composition.name}")
+    if bench.targets_cut:
+        watcher().stage(
+            f"{bench.targets_cut:,} texts are longer than labels.max_new_tokens: cut, and matched by nothing"
+        )
     create_stores()
     close_earlier_try()
     close_abandoned_runs()

@@ -26,6 +26,7 @@ from softprompt import registry, training
 from softprompt.errors import UserError
 from softprompt.home import study_storage, tracking_uri
 from softprompt.loading import load_backbone
+from softprompt.progress import Lines, watched_by
 from softprompt.registry import champion_version
 from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec, LocalModel
@@ -298,9 +299,16 @@ def text_experiment(tmp_path_factory) -> ExperimentSpec:
 
 
 @pytest.fixture(scope="module")
-def swept_texts(text_experiment: ExperimentSpec, prefect_server: None) -> State[SweepResult]:
+def said() -> list[str]:
+    """What a person is told during the sweep of free text."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def swept_texts(text_experiment: ExperimentSpec, said: list[str], prefect_server: None) -> State[SweepResult]:
     """The end of a sweep of an experiment in free text."""
-    state: State[SweepResult] = sweep(text_experiment, return_state=True)
+    with watched_by(Lines(said.append)):
+        state: State[SweepResult] = sweep(text_experiment, return_state=True)
     return state
 
 
@@ -313,6 +321,13 @@ def test_a_sweep_of_free_text_ends_with_the_champion_of_the_lowest_loss(swept_te
     assert result.decision.reason == f"the first version, with {loss} on 60 test rows"
     assert champion_version(text_experiment.name) == 1
     assert load_study(result.sweep.name, study_storage(), text_experiment).direction.name == "MINIMIZE"
+
+
+def test_a_person_is_told_of_texts_that_were_cut_and_of_losses(swept_texts, said):
+    loss = swept_texts.result().trials[0].score
+    assert "12 texts are longer than labels.max_new_tokens: cut, and matched by nothing" in said
+    assert [line for line in said if line.startswith("trial 0: ") and f"best validation loss {loss:.4f} nats" in line]
+    assert [line for line in said if f": finished with {loss:.4f} nats per token; 1 of 4 trials done" in line]
 
 
 def test_the_records_of_free_text_are_named_for_what_they_are(swept_texts, text_experiment):

@@ -5,6 +5,7 @@ and exit code 2, anything else that goes wrong with one sentence, exit code 1 an
 """
 
 import errno
+import json
 import os
 import shlex
 import sys
@@ -141,6 +142,35 @@ def predict(
             predict_texts(chosen, texts or [], out, device)
         else:
             predict_file(chosen, file, out, device)
+
+
+@app.command()
+def device(
+    experiment: Annotated[Path | None, typer.Argument(help="An experiment's YAML file, to try its model.")] = None,
+    overrides: Overrides = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; the experiment's by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what this machine's device is and does, alone or with an experiment's model; nothing is recorded."""
+    with _one_sentence():
+        if experiment is None and overrides:
+            raise UserError("--set: changes an experiment, and none is given; name its file")
+        # The device is a field like any other.
+        changes = [*(overrides or []), *([f"execution.device={device}"] if device else [])]
+        spec = _read(experiment, changes) if experiment else None
+        _begin(state=False)
+        from softprompt.backbone import pick_device
+        from softprompt.findings import find_device, find_model
+        from softprompt.workbench import Workbench
+
+        found = find_device(pick_device(spec.execution.device if spec else device or "auto"))
+        if spec is not None:
+            found = find_model(Workbench(spec), found)
+        if as_json:
+            typer.echo(json.dumps(found.as_json(), indent=1))
+            return
+        for subject, text in found.lines().items():
+            typer.echo(f"{subject:<12} {text}")
 
 
 @app.command()

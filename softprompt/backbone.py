@@ -2,14 +2,14 @@
 
 Loading reads safetensors only and runs no code that comes with a model. The identity is the SHA-256 of the weights
 and of the tokenizer as they are stored, so it does not depend on the type they are computed in. A numeric self-check
-decides at loading which composition the model allows.
+(`probe`) decides which composition the model allows, and refuses a model for which prompts mean nothing.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,15 +18,22 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from softprompt.composition import Composition, Example, Tree, collate, collate_tree, concatenate, shared_prefix
+from softprompt.composition import Composition, as_prefix, concatenate, extend, send, shared_prefix
 from softprompt.decoder import fits, written_out
+from softprompt.encoder_decoder import encode_and_decode
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
-
-# Largest deviation of a composition from the formula, relative to what the prompt changes, that is rounding.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
+from softprompt.probe import UNABLE, Probe
 
 _NOTE = "converted.json"
 """Beside a converted copy: the SHA-256 of each of its files."""
@@ -34,7 +41,7 @@ _NOTE = "converted.json"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen causal language model, its tokenizer, and what identifies them."""
+    """A frozen language model, its tokenizer, and what identifies them."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -42,6 +49,8 @@ class Backbone:
     tokenizer_sha256: str
     reference: dict[str, Any] = field(default_factory=dict)
     """Where the model can be had again, as plain data; its author gives it meaning."""
+    before: tuple[int, ...] = ()
+    """Tokens that stand before every prompt; inputs come without them."""
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -96,69 +105,112 @@ class Backbone:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """The embeddings of N tokens as the model looks them up, `[N, H]` in float32; some models scale them."""
         with torch.no_grad():
-            embedded: Tensor = self.model.get_input_embeddings()(
-                torch.tensor(ids, dtype=torch.long, device=self.device)
-            )
+            embedded: Tensor = self.model.get_input_embeddings()(send(torch.tensor(ids, dtype=torch.long), self.device))
         return embedded.float()
+
+    def extend(self, prompts: Sequence[Tensor], tokens: Sequence[int]) -> list[Tensor]:
+        """K prompts of either kind, each with these tokens behind it."""
+        return extend(self.model, prompts, self.embed(tokens)) if tokens else list(prompts)
+
+    def as_prefix(self, vectors: Tensor) -> Tensor:
+        """The prefix `[L, 2, G, P, D]`, float32, that a soft prompt `[P, H]` leaves; the logits are the same.
+
+        Raises UserError where the model takes no prefix.
+        """
+        self.require_prefixes()
+        with torch.no_grad():
+            return as_prefix(self.model, vectors.to(self.device)).float()
+
+    def require_prefixes(self) -> None:
+        """Raise UserError unless the model takes a prefix."""
+        if not self.takes_prefixes:
+            raise UserError(
+                "search.method: prefix_tuning needs a model that takes keys and values of ours in every layer, and by "
+                f"its numbers this {self.model.config.model_type} model does not; use prompt_tuning"
+            )
 
     @property
     def pad(self) -> int:
         """A token id for padding: one that every table has, because nothing reads it."""
         return 0
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads the input, and a decoder says the target."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    def placed(self, position: str) -> Self:
+        """The backbone with prompts at the `start` of what the model reads, or `after_bos`.
+
+        Raises UserError where the tokenizer puts no begin-of-sequence token before a text.
+        """
+        before: tuple[int, ...] = ()
+        if position == "after_bos":
+            begin = self.tokenizer.bos_token_id
+            if begin is None or self.tokenizer.encode("a")[0] != begin:
+                raise UserError(
+                    "prompt_position: after_bos, but the model's tokenizer puts no begin-of-sequence token before a "
+                    "text; use start"
+                )
+            before = (begin,)
+        return self if before == self.before else replace(self, before=before)
+
+    @cached_property
+    def _probe(self) -> Probe:
+        formula = encode_and_decode if self.is_encoder_decoder else concatenate
+        try:
+            return Probe(self.model, formula)
+        except UNABLE as error:
+            raise self._refusal(f"it cannot be run on a prompt before its input: {_one_line(error)}") from error
+
+    def _refusal(self, fault: str) -> UserError:
+        return UserError(
+            f"model: {type(self.model).__name__} cannot be used with soft prompts: {fault}; choose a causal or an "
+            "encoder-decoder language model"
+        )
+
     @cached_property
     def composition(self) -> Composition[Any]:
-        """The fastest composition that is exact for this model; the plain concatenation if none is."""
+        """The fastest composition that is exact for this model; the plain concatenation if none is.
+
+        Raises UserError where the concatenation means nothing either.
+        """
+        if fault := self._probe.find_fault():
+            raise self._refusal(fault)
+        return self._choose(self._candidates())
+
+    def _choose(self, candidates: Sequence[Composition[Any]]) -> Composition[Any]:
+        """The first that is exact, else the formula; with what stands before every prompt."""
+        exact = (c for c in candidates if self.deviation(c) <= self._probe.tolerance)
+        chosen = next(exact, self._probe.formula)
+        return chosen.behind(self.embed(self.before)) if self.before else chosen
+
+    def _candidates(self) -> list[Composition[Any]]:
+        """Quicker ways than the formula, the quickest first."""
+        if self.is_encoder_decoder:
+            return []
         # A GPU has the model's own fused attention.
         fast = self.device.type == "cpu" and fits(self.model)
-        candidates: list[Composition[Any]] = [written_out, shared_prefix] if fast else [shared_prefix]
-        for composition in candidates:
-            if self.deviation(composition) <= _TOLERANCE[self.model.dtype]:
-                return composition
-        return concatenate
+        return [written_out, shared_prefix] if fast else [shared_prefix]
+
+    @cached_property
+    def native(self) -> Composition[Any]:
+        """The fastest exact composition that calls the model's own layers, as dropout and checkpointing need."""
+        return self._choose([] if self.is_encoder_decoder else [shared_prefix])
+
+    @cached_property
+    def takes_prefixes(self) -> bool:
+        """Whether the prefix that a soft prompt leaves stands for it, by the logits, beside another soft prompt."""
+        return self._probe.deviation(self.composition, prefixes=True) <= self._probe.tolerance
 
     @cached_property
     def branches(self) -> bool:
         """Whether continuations on branches of one row have the logits that each has on a row of its own."""
-        device, (a, b, c) = self.device, (len(self.embeddings) // n for n in (3, 4, 5))
-        prompt = self.embeddings[[c, a]].float()
-        ancestors = torch.tensor([[True, False, False], [False, True, False], [True, False, True]], device=device)
-        tree = Tree(torch.tensor([a, b, c], device=device), torch.tensor([0, 0, 1], device=device), ancestors)
-        inputs = [(b, c), (a, b, c, a)]
-        with torch.inference_mode():
-            states = self.composition.keep(self.model, [prompt])
-            lines = [Example(row, (*line, 0)) for row in inputs for line in ((a, c), (b,))]
-            alone = self.composition.attend(self.model, states, collate(lines, [0] * 4, pad=self.pad, device=device))
-            try:
-                found = self.composition.attend(self.model, states, collate_tree(inputs, tree, pad=self.pad))
-            except (AttributeError, TypeError, ValueError, RuntimeError):
-                return False
-        # Of each input: its end, a, a c; its end, b. And in the tree: its end, a, b, a c.
-        alone, found = alone.view(2, 5, -1)[:, [0, 1, 4, 2]].float(), found.view(2, 4, -1).float()
-        return bool(
-            (found - alone).norm() <= _TOLERANCE[self.model.dtype] * (alone - alone.mean(1, keepdim=True)).norm()
-        )
+        return all(map(self._probe.reads_branches, {self.composition, self.native}))
 
     def deviation(self, composition: Composition[Any]) -> float:
-        """How far a composition is from the formula on a few random rows, relative to what the prompts change.
-
-        Rounding in bfloat16 gives a few percent; states that are not those of the formula give more than half, and a
-        model that cannot be run with a kept prefix at all gives infinity.
-        """
-        random = torch.Generator().manual_seed(0)
-        spread = self.embeddings.float().std().cpu()
-        prompts = [(torch.randn(p, self.hidden_size, generator=random) * spread).to(self.device) for p in (3, 5)]
-        rows = [torch.randint(len(self.embeddings), (t,), generator=random).tolist() for t in (4, 7, 6)]
-        examples = [Example(tuple(row[:-2]), tuple(row[-2:])) for row in rows]
-        batch = collate(examples, [0, 1, 0], pad=self.pad, device=self.device)
-        with torch.inference_mode():
-            plain = concatenate(self.model, prompts, batch).float()
-            without = concatenate(self.model, [prompt[:0] for prompt in prompts], batch).float()
-            try:
-                found = composition(self.model, prompts, batch).float()
-            except (AttributeError, TypeError, ValueError, RuntimeError):
-                return float("inf")
-        return float((found - plain).norm() / (without - plain).norm())
+        """How far a composition is from the formula on a few random rows, relative to what the prompts change."""
+        return self._probe.deviation(composition)
 
     def weights_in_memory_sha256(self) -> str:
         """The hash of the weights as they are now; equal before and after anything that we do."""
@@ -223,17 +275,19 @@ def _read_folder(
     folder: Path, precision: str, attention: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = _read_model(
-            folder, dtype=getattr(torch, precision), use_safetensors=True, attn_implementation=attention
+            kind, folder, dtype=getattr(torch, precision), use_safetensors=True, attn_implementation=attention
         )
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that is wrong makes transformers raise anything
-        raise UserError(f"{folder}: cannot be loaded as a causal language model: {_one_line(error)}") from error
+        raise UserError(f"{folder}: cannot be loaded as a language model: {_one_line(error)}") from error
 
 
-def _read_model(folder: Path, **how: Any) -> PreTrainedModel:
+def _read_model(kind: type[Any], folder: Path, **how: Any) -> PreTrainedModel:
     """The whole model; nothing of its own code is run, about which transformers would ask at a terminal."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **how)
+    loaded: Any = kind.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **how)
     model: PreTrainedModel = loaded[0]
     if lacking := sorted(loaded[1]["missing_keys"]):  # transformers has filled them at random
         raise ValueError(f"{len(lacking)} of its tensors are missing, as {lacking[0]}; give the whole model")
@@ -282,7 +336,9 @@ def convert_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
 def _read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     unpack = GgufConfig(dequantize=True)
     try:
-        model = _read_model(file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpack)
+        model = _read_model(
+            AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpack
+        )
         return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # a damaged file makes transformers raise anything
         raise UserError(f"{file}: cannot be read as the GGUF file of a language model: {_one_line(error)}") from error

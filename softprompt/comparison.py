@@ -49,7 +49,7 @@ def measure_prompt(bench: Workbench, prompt: SoftPrompt) -> Metrics:
             f"the prompt reads the column {min(missing)!r}, which the experiment's template does not name; "
             "evaluate it on an experiment with its own columns"
         )
-    split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens)
+    split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens, position=prompt.position)
     return target.measure(prompt.vectors, split.inputs, split.answers)
 
 

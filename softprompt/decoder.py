@@ -1,9 +1,9 @@
 """Shared prefix for gated decoders, their layers written out: the same numbers with less work around the matrices.
 
 Most open decoders are built alike: RMS norm, rotary positions, grouped queries, a gated MLP. On a CPU, more than a
-third of their own forward and backward pass goes into casts, copies and sums between the matrix products. Here a norm
-and a rotation are one operation each, with their derivative written by hand, keys and values are never repeated for the
-queries of a group, and the last layer asks for nothing before the first predicting place.
+third of their own forward and backward pass goes into casts, copies and sums between the matrix products. Here prompts
+and rows go through the same products in training, what stands between these is in few operations (`operations`), keys
+and values are never repeated for the queries of a group, and the last layer asks for the predicting places alone.
 
     G groups of queries, one head of keys and values each   R queries of a group   D width of a head
 
@@ -11,7 +11,7 @@ A model is taken if it has these parts and no others (`fits`), and used so if it
 (`Backbone.composition`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.composition import Batch, Composition, pad_left, positions
+from softprompt.operations import normed, normed_products, turned
+from softprompt.prefix import is_prefix, mix
 
 _PARTS = {
     "": {"embed_tokens", "layers", "norm", "rotary_emb"},
@@ -50,165 +52,180 @@ class Kept:
     mask: Tensor
     """`[K, P]` ones where a prompt has a vector, zeros on the left of a shorter one."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Kept":
+        """These states with a function applied to the keys and values of every layer."""
+        return Kept(list(map(change, self.keys)), list(map(change, self.values)), self.mask)
+
 
 def keep(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Kept:
-    """Run K prompts `[P_k, H]` through the model, once each, as far as their last keys and values."""
+    """Run K prompts `[P_k, H]` through the model, once each, as far as their last keys and values.
+
+    Prefixes stand beside them as they are.
+    """
+    if any(map(is_prefix, prompts)):
+        return Kept(*mix(prompts, model.dtype, lambda soft: _layers(keep(model, soft))))
     prefix, mask = pad_left(prompts, model)
     kept = Kept([], [], mask)
     if prefix.shape[1]:
-        own = torch.eye(prefix.shape[1], dtype=torch.bool, device=mask.device)  # even padding attends to something
-        _Pass(model, positions(mask), (mask.bool()[:, None] | own).tril()).keep(prefix, kept)
+        _Pass(model, [_prompts(mask)]).run(prefix.flatten(0, 1), kept)
     return kept
+
+
+def _layers(kept: Kept) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(kept.keys, kept.values, strict=True))
 
 
 def attend(model: PreTrainedModel, kept: Kept, batch: Batch) -> Tensor:
     """Logits `[M, V]` of the batch's rows, each after the states of the prompt that owns it."""
-    hidden = model.get_input_embeddings()(batch.tokens)
-    width, mask = batch.tokens.shape[1], kept.mask.bool()
-    if len(mask) > 1:
-        mask = mask[batch.owner]
-        keys, values = ([each[batch.owner] for each in layers] for layers in (kept.keys, kept.values))
-        kept = Kept(keys, values, mask)
+    through = _Pass(model, [_rows(kept.mask, batch)])
+    return through.predict(*through.run(_embed(model, batch), kept), batch)
+
+
+def together(model: PreTrainedModel, prompts: Sequence[Tensor], batch: Batch) -> Tensor:
+    """What `keep` and then `attend` compute, with prompts and rows in the same products.
+
+    A prompt's few vectors alone are too little work for the reading of a whole weight.
+    """
+    if any(map(is_prefix, prompts)):
+        return attend(model, keep(model, prompts), batch)
+    prefix, mask = pad_left(prompts, model)
+    if not prefix.shape[1]:
+        return attend(model, Kept([], [], mask), batch)
+    through = _Pass(model, [_prompts(mask), _rows(mask, batch)])
+    states = torch.cat([prefix.flatten(0, 1), _embed(model, batch)])
+    return through.predict(*through.run(states, Kept([], [], mask)), batch)
+
+
+written_out = Composition("shared prefix, layers written out", keep, attend, Kept.map, together)
+
+
+def _embed(model: PreTrainedModel, batch: Batch) -> Tensor:
+    embedded: Tensor = model.get_input_embeddings()(batch.tokens)
+    return embedded.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """N lines of T positions, prompts or rows, that lie in the states one after the other."""
+
+    places: Tensor
+    """`[N, T]` position of each."""
+    attends: Tensor
+    """`[1 or N, T, P+T]` what each attends to: of its prompt, and of its own line. Of prompts only the latter."""
+    owner: Tensor | None = None
+    """`[N]` prompt of each row; None for the prompts themselves."""
+
+
+def _prompts(mask: Tensor) -> _Block:
+    own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)  # even padding attends to something
+    return _Block(positions(mask), (mask.bool()[:, None] | own).tril())
+
+
+def _rows(mask: Tensor, batch: Batch) -> _Block:
+    mask, own = mask.bool()[batch.owner], batch.attends
     places = mask.sum(1, keepdim=True) + batch.places
-    own = batch.attends
     if bool(mask.all()):
         mask = mask[:1]
     count = max(len(mask), len(own))
-    attends = torch.cat([mask[:, None].expand(count, width, -1), own.expand(count, -1, -1)], dim=2)
-    first = int(batch.columns.min())
-    hidden = _Pass(model, places, attends).run(hidden, kept, first)[batch.rows, batch.columns - first]
-    base: Any = model.base_model
-    logits: Tensor = model.get_output_embeddings()(_norm(base.norm, hidden))
-    return logits
-
-
-written_out = Composition("shared prefix, layers written out", keep, attend)
+    mask = mask[:, None].expand(count, batch.tokens.shape[1], -1)
+    return _Block(places, torch.cat([mask, own.expand(count, -1, -1)], dim=2), batch.owner)
 
 
 class _Pass:
-    """N rows of T positions through all layers."""
+    """States `[R, H]` of prompts, of a batch's rows, or of both, through all layers."""
 
-    def __init__(self, model: PreTrainedModel, places: Tensor, attends: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[_Block]) -> None:
+        self._model, self._blocks = model, blocks
         base: Any = model.base_model
-        self._layers = base.layers
-        attention = self._layers[0].self_attn
-        cos, sin = base.rotary_emb(model.get_input_embeddings().weight, places)
-        half = cos.shape[-1] // 2
-        self._turn = cos[:, :, None, :half], sin[:, :, None, :half]
-        """`[1 or N, T, 1, D/2]`, twice."""
-        bias = torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, -torch.inf)
-        bias = bias[:, None].expand(-1, attention.num_key_value_groups, -1, -1)
-        groups = attention.k_proj.out_features // attention.head_dim
-        self._bias = bias if len(bias) == 1 else bias.repeat_interleave(groups, dim=0)
-        """What is added to the scores, `[1 or N·G, R, T, P+T]`."""
+        self._layers, self._head = base.layers, base.layers[0].self_attn.head_dim
+        places = torch.cat([block.places.flatten() for block in blocks])
+        cos, sin = base.rotary_emb(model.get_input_embeddings().weight, places[None])
+        self._turn = tuple(each[0, :, None].chunk(2, dim=-1)[0] for each in (cos, sin))
+        """`[R, 1, D/2]`, twice."""
+        self._biases = [_bias(model, block.attends) for block in blocks]
 
-    def keep(self, hidden: Tensor, kept: Kept) -> None:
-        """Store every layer's keys and values; what follows them in the last layer is not computed."""
-        for n, layer in enumerate(self._layers):
-            queries, keys, values = self._project(layer, hidden)
-            kept.keys.append(keys)
-            kept.values.append(values)
-            if n < len(self._layers) - 1:
-                hidden = self._finish(layer, hidden, queries, keys, values)
+    def run(self, states: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """States before the last layer and what its attention mixes, `[R, H]` each; what prompts leave is kept."""
+        for n, layer in enumerate(self._layers[:-1]):
+            states = _finish(layer, states, self._attend(n, states, kept))
+        return states, self._attend(len(self._layers) - 1, states, kept)
 
-    def run(self, hidden: Tensor, kept: Kept, first: int) -> Tensor:
-        """Hidden states after what was kept `[N, T - first, H]`; the last layer begins with column `first`."""
-        for n, layer in enumerate(self._layers):
-            start = first if n == len(self._layers) - 1 else 0
-            queries, keys, values = self._project(layer, hidden, start)
-            if kept.keys:
-                keys, values = _join(kept.keys[n], keys), _join(kept.values[n], values)
-            hidden = self._finish(layer, hidden[:, start:], queries, keys, values)
-        return hidden
+    def predict(self, states: Tensor, mixed: Tensor, batch: Batch) -> Tensor:
+        """The rest of the last layer at the batch's places alone: logits `[M, V]` from what `run` returns."""
+        rows, width = batch.tokens.shape
+        places = len(states) - rows * width + batch.rows * width + batch.columns
+        states = _finish(self._layers[-1], states[places], mixed[places])
+        base: Any = self._model.base_model
+        logits: Tensor = self._model.get_output_embeddings()(normed(states, base.norm))
+        return logits
 
-    def _project(self, layer: Any, hidden: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries from column `first` on `[N, T - first, G·R, D]`, keys and values `[N, G, T, D]`."""
-        attention, inputs = layer.self_attn, _norm(layer.input_layernorm, hidden)
-        queries = attention.q_proj(inputs[:, first:]).view(len(inputs), hidden.shape[1] - first, -1, attention.head_dim)
-        keys, values = (
-            p(inputs).view(*inputs.shape[:2], -1, attention.head_dim) for p in (attention.k_proj, attention.v_proj)
-        )
+    def _attend(self, n: int, states: Tensor, kept: Kept) -> Tensor:
+        """Values mixed by the attention of layer n, `[R, G·R·D]`."""
+        layer, mixed = self._layers[n], []
+        for block, bias, (queries, keys, values) in zip(
+            self._blocks, self._biases, self._project(layer, states), strict=True
+        ):
+            if block.owner is None:
+                kept.keys.append(keys)
+                kept.values.append(values)
+            elif kept.keys:
+                keys, values = _join(kept.keys[n], keys, block.owner), _join(kept.values[n], values, block.owner)
+            mixed.append(_mix(queries, keys, values, bias, layer.self_attn.scaling))
+        return torch.cat(mixed)
+
+    def _project(self, layer: Any, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each block its queries `[N, T, G·R, D]`, keys and values `[N, G, T, D]`."""
+        attention = layer.self_attn
+        products = [attention.q_proj, attention.k_proj, attention.v_proj]
+        found = normed_products(states, layer.input_layernorm, products)
+        queries, keys, values = (each.view(len(states), -1, self._head) for each in found)
         if hasattr(attention, "q_norm"):
-            queries, keys = _norm(attention.q_norm, queries), _norm(attention.k_norm, keys)
-        cos, sin = self._turn
-        queries, keys = _turn(queries, cos[:, first:], sin[:, first:]), _turn(keys, cos, sin)
-        return queries, keys.transpose(1, 2), values.transpose(1, 2)
-
-    def _finish(self, layer: Any, hidden: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The rest of a layer, once it is known what attends to what."""
-        attention, mlp = layer.self_attn, layer.mlp
-        hidden = hidden + attention.o_proj(self._mix(queries, keys, values, attention.scaling))
-        inputs = _norm(layer.post_attention_layernorm, hidden)
-        result: Tensor = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs))
-        return result
-
-    def _mix(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Values mixed by attention, `[N, T, G·R·D]`."""
-        rows, width, _, size = queries.shape
-        groups = keys.shape[1]
-        queries = queries.view(rows, width, groups, -1, size).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, size)
-        keys, values = (t.reshape(rows * groups, -1, size) for t in (keys, values))
-        bias = self._bias[:, :, -width:].flatten(1, 2)
-        shares = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scaling).softmax(-1)
-        mixed = torch.bmm(shares, values).view(rows, groups, -1, width, size)
-        return mixed.permute(0, 3, 1, 2, 4).reshape(rows, width, -1)
+            queries, keys = normed(queries, attention.q_norm), normed(keys, attention.k_norm)
+        heads = turned(queries, *self._turn), turned(keys, *self._turn), values
+        shapes = [block.places.shape for block in self._blocks]
+        parts = [each.split([shape.numel() for shape in shapes]) for each in heads]
+        for shape, *block in zip(shapes, *parts, strict=True):
+            own_queries, own_keys, own_values = (each.view(*shape, -1, self._head) for each in block)
+            yield own_queries, own_keys.transpose(1, 2), own_values.transpose(1, 2)
 
 
-def _join(before: Tensor, own: Tensor) -> Tensor:
+def _bias(model: PreTrainedModel, attends: Tensor) -> Tensor:
+    """What is added to the scores, `[1 or N·G, R·T, P+T]`."""
+    base: Any = model.base_model
+    attention = base.layers[0].self_attn
+    bias = torch.zeros(attends.shape, dtype=model.dtype, device=attends.device).masked_fill_(~attends, -torch.inf)
+    bias = bias.repeat(1, attention.num_key_value_groups, 1)
+    groups = attention.k_proj.out_features // attention.head_dim
+    return bias if len(bias) == 1 else bias.repeat_interleave(groups, dim=0)
+
+
+def _finish(layer: Any, states: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a layer, once it is known what attends to what."""
+    mlp = layer.mlp
+    states = _add(states, layer.self_attn.o_proj, mixed)
+    gate, up = normed_products(states, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
+    return _add(states, mlp.down_proj, mlp.act_fn(gate) * up)
+
+
+def _add(states: Tensor, product: Any, inputs: Tensor) -> Tensor:
+    """The states and a product, summed where it is computed."""
+    if product.bias is not None:
+        states = states + product.bias
+    return torch.addmm(states, inputs, product.weight.t())
+
+
+def _mix(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """Values mixed by attention, `[N·T, G·R·D]`."""
+    rows, width, _, size = queries.shape
+    groups = keys.shape[1]
+    queries = queries.view(rows, width, groups, -1, size).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, size)
+    keys, values = (each.reshape(rows * groups, -1, size) for each in (keys, values))
+    shares = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scaling).softmax(-1)
+    mixed = torch.bmm(shares, values).view(rows, groups, -1, width, size)
+    return mixed.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
+
+
+def _join(before: Tensor, own: Tensor, owner: Tensor) -> Tensor:
     """The prompt's keys or values before the row's own; one prompt serves all rows."""
-    return torch.cat([before.expand(len(own), -1, -1, -1), own], dim=2)
-
-
-def _norm(norm: Any, hidden: Tensor) -> Tensor:
-    """A norm by our own means where it is the usual one, else by its own."""
-    epsilon = getattr(norm, "variance_epsilon", None)
-    apply: Any = _RmsNorm.apply
-    normed: Tensor = norm(hidden) if epsilon is None else apply(hidden, norm.weight, epsilon)
-    return normed
-
-
-def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    apply: Any = _Rotate.apply
-    turned: Tensor = apply(heads, cos, sin)
-    return turned
-
-
-class _RmsNorm(torch.autograd.Function):
-    """`x / sqrt(mean(x²) + ε) · w`; statistics in float32, no gradient for the frozen `w`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        scale = torch.rsqrt(squares / x.shape[-1] + epsilon)
-        ctx.save_for_backward(x, scale, weight)
-        return (x * scale).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, scale, weight = ctx.saved_tensors
-        wide, gradient = x.float(), (gradient * weight).float()
-        along = (gradient * wide).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
-        return gradient.addcmul_(wide, along, value=-1).mul_(scale).to(x.dtype), None, None
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotary positions on `[N, T, heads, D]`; the derivative of a rotation is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradient, cos, -sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.empty_like(x)
-    upper, lower = turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=upper).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=lower).addcmul_(first, sin)
-    return turned
+    before = before.expand(len(own), -1, -1, -1) if len(before) == 1 else before[owner]
+    return torch.cat([before, own], dim=2)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, Tree, collate, collate_tree, lift
+from softprompt.composition import Batch, Example, collate, collate_tree, lift
+from softprompt.trie import Labels, Trie
 
 ROWS = 32
 """Rows of a pass at the most: what two CPU cores are quickest with; a GPU is not filled yet."""
@@ -25,9 +26,6 @@ _MANY = 64
 """Rows of a call from which on it pays to compute what they all begin with once."""
 _PLACES = 512
 """Places of a pass at the most for which there are logits over the whole vocabulary."""
-
-Labels = Sequence[tuple[int, ...]]
-"""The token ids of each label, C of them, none a prefix of another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class Classifier:
     def __init__(self, backbone: Backbone, prompt: Tensor, labels: Labels) -> None:
         self._backbone = backbone
         self._labels = list(labels)
-        self._trie = _Trie(self._labels, backbone.device)
+        self._trie = Trie(self._labels, backbone.device)
         self._whole = backbone.branches or not self._trie.size
         """Whether all labels are scored in one pass."""
         self._prompt = prompt.detach().to(backbone.device)
@@ -92,9 +90,9 @@ class Classifier:
     @torch.inference_mode()
     def _keep(self, opening: tuple[int, ...]) -> None:
         if opening != self._opening:
-            prefix = torch.cat([self._prompt, self._backbone.embed(opening)])
+            prompts = self._backbone.extend([self._prompt], opening)
             self._opening = opening
-            self._states = self._backbone.composition.keep(self._backbone.model, [prefix])
+            self._states = self._backbone.composition.keep(self._backbone.model, prompts)
 
     def _score_batch(self, inputs: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """`[N, C]` log-probabilities, and whether each label is what the model itself would say."""
@@ -103,7 +101,7 @@ class Classifier:
             return torch.stack([p for p, _ in pairs], 1), torch.stack([s for _, s in pairs], 1)
         logits = self._logits(collate_tree(inputs, self._trie.tree, pad=self._backbone.pad))
         logits = logits.view(len(inputs), 1 + self._trie.size, -1)
-        return self._trie.score(logits)
+        return self._trie.score(logits), self._trie.spells(logits)
 
     def _score_label(self, inputs: list[tuple[int, ...]], label: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         examples = [Example(row, label) for row in inputs]
@@ -115,35 +113,6 @@ class Classifier:
 
     def _logits(self, batch: Batch) -> Tensor:
         return self._backbone.composition.attend(self._backbone.model, self._states, batch).float()
-
-
-class _Trie:
-    """C labels that share what they begin with: a node for every beginning, an edge for every token after one.
-
-    The empty beginning is the input itself; the S others are what the model has to read.
-    """
-
-    def __init__(self, labels: Labels, device: torch.device) -> None:
-        begun = sorted({label[:n] for label in labels for n in range(1, len(label))}, key=lambda b: (len(b), b))
-        edges = sorted({label[:n] for label in labels for n in range(1, len(label) + 1)})
-        node = {(): 0} | {beginning: 1 + n for n, beginning in enumerate(begun)}
-        self.size = len(begun)
-        """S."""
-        self.tree = Tree(
-            torch.tensor([b[-1] for b in begun], dtype=torch.long, device=device),
-            torch.tensor([len(b) - 1 for b in begun], dtype=torch.long, device=device),
-            torch.tensor([[b[: len(a)] == a for a in begun] for b in begun], dtype=torch.bool, device=device),
-        )
-        self._nodes = torch.tensor([node[edge[:-1]] for edge in edges], device=device)
-        self._tokens = torch.tensor([edge[-1] for edge in edges], device=device)
-        self._paths = torch.tensor([[label[: len(e)] == e for label in labels] for e in edges], device=device).float()
-        """`[E, C]` whether an edge is on the way to a label."""
-
-    def score(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """From logits `[N, 1 + S, V]` to `[N, C]` log-probabilities and whether each label is the first choice."""
-        edges = logits.log_softmax(2)[:, self._nodes, self._tokens]
-        chosen = logits.argmax(2)[:, self._nodes] == self._tokens
-        return edges @ self._paths, chosen.float() @ self._paths == self._paths.sum(0)
 
 
 def _by_length(inputs: Sequence[Sequence[int]], branches: int = 0) -> Iterator[list[int]]:

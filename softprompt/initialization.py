@@ -59,10 +59,10 @@ def labels(backbone: Backbone, length: int, generator: Generator, *, words: Sequ
         backbone: the frozen model.
         length: P.
         generator: random stream of the filling.
-        words: the token ids of each label; an end-of-sequence token that only closes a label does not count.
+        words: the token ids of each label; special tokens that only frame a label do not count.
     """
-    end = backbone.tokenizer.eos_token_id
-    meant = [[i for i in ids if i != end] or ids for ids in words]
+    special = set(backbone.tokenizer.all_special_ids)
+    meant = [[i for i in ids if i not in special] or ids for ids in words]
     vectors = torch.stack([backbone.embed(ids).cpu().mean(0) for ids in meant])
     return _fill(backbone, vectors, length, generator)
 

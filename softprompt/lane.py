@@ -22,6 +22,7 @@ from softprompt.data import PreparedData
 from softprompt.home import state_home, study_storage
 from softprompt.objective import Objective
 from softprompt.progress import SearchProgress, watcher
+from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec
 from softprompt.tracking import BEST_VAL, PROMPT, SECONDS, Outcome, Tracker
 from softprompt.training import step
@@ -94,6 +95,8 @@ class Lane:
         self._tracker = Tracker(bench.experiment)
         self._study = search.load_study(sweep.name, study_storage(), bench.experiment)
         self._on_end = on_end
+        self._slots = 1
+        """K, the trials side by side at the most; chosen when the lane begins."""
         self._running: list[_Running] = []
         self._trials: list[FrozenTrial] = []
         """The trials that count, as the study had them when one last began or ended."""
@@ -106,6 +109,10 @@ class Lane:
 
     def run(self) -> None:
         """Train until the budget is spent, then return; whatever interrupts it, no trial is left open."""
+        choice = choose_slots(self._bench)
+        self._slots = choice.slots
+        watcher().stage(f"trials side by side: {choice}")
+        self._tracker.log_slots(self._sweep.run_id, str(choice))
         try:
             while self._refill():
                 self._step()
@@ -117,7 +124,7 @@ class Lane:
 
     def _refill(self) -> bool:
         """Fill the free slots from the study; False when nothing is left to train."""
-        while len(self._running) < self._experiment.execution.slots and self._may_start():
+        while len(self._running) < self._slots and self._may_start():
             asked = search.ask(self._study, self._experiment.search)
             if asked is None:
                 self._exhausted = True
@@ -159,7 +166,7 @@ class Lane:
 
     def _step(self) -> None:
         """One training step of every slot, and what follows from it."""
-        losses = step(self._bench.backbone, [r.tuning.slot for r in self._running]).tolist()
+        losses = step(self._bench.backbone, [r.tuning.slot for r in self._running], self._bench.passes).tolist()
         self._steps += len(losses)
         for running, loss in zip(list(self._running), losses, strict=True):
             running.tuning.losses.append(loss)

@@ -32,11 +32,11 @@ class Likelihoods:
 
 @torch.inference_mode()
 def score_targets(backbone: Backbone, prompt: Tensor, examples: Sequence[Example]) -> Likelihoods:
-    """Log-probabilities of N targets after a prompt `[P, H]` and their inputs; the order of the rows is kept."""
+    """Log-probabilities of N targets after a prompt `[P, H]` or `[L, 2, G, P, D]` and their inputs, in their order."""
     log_probabilities, greedy = np.empty(len(examples)), np.empty(len(examples), bool)
     opening, rest = lift(examples)
-    prefix = torch.cat([prompt.detach().to(backbone.device), backbone.embed(opening)])
-    states = backbone.composition.keep(backbone.model, [prefix])
+    prompts = backbone.extend([prompt.detach().to(backbone.device)], opening)
+    states = backbone.composition.keep(backbone.model, prompts)
     for rows in _passes(rest):
         batch = collate([rest[i] for i in rows], [0] * len(rows), pad=backbone.pad, device=backbone.device)
         logits = backbone.composition.attend(backbone.model, states, batch).float()

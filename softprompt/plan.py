@@ -4,14 +4,12 @@ A cost is an estimate from one pass of each kind: what is recorded meanwhile is 
 """
 
 import random
-import time
-from collections.abc import Callable
 from math import ceil
 
-import torch
-
+from softprompt.device import memory, time_run
+from softprompt.passes import Work
+from softprompt.sizing import choose_slots, estimate_memory
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
-from softprompt.training import forward
 from softprompt.workbench import Split, Workbench
 
 
@@ -19,11 +17,15 @@ def plan(bench: Workbench) -> dict[str, str]:
     """A search and what follows it, by subject, with its cost."""
     experiment = bench.experiment
     trials, minutes = experiment.budget.trials, experiment.budget.minutes
+    choice = choose_slots(bench)
+    slots = min(choice.slots, trials or choice.slots)
     return {
         **_describe_materials(bench),
         "search": _describe_search(experiment),
         "budget": " or ".join(([_count(trials)] if trials else []) + ([f"{minutes:g} minutes"] if minutes else [])),
-        **_describe_cost(bench),
+        "slots": str(choice),
+        "memory": estimate_memory(bench).describe(slots, memory(bench.backbone.device)[0]),
+        **_describe_cost(bench, slots),
     }
 
 
@@ -50,22 +52,30 @@ def _describe_materials(bench: Workbench) -> dict[str, str]:
 
 
 def _describe_search(experiment: ExperimentSpec) -> str:
-    search, given = experiment.search, _given(experiment)
+    search, given = experiment.search, experiment.given
     if given:
-        points = (f"{p.initialization}, length {p.length}, learning rate {p.learning_rate:g}" for p in given)
-        return f"none, only search.start: {'; '.join(points)}"
+        return f"none, only search.start: {'; '.join(map(_describe_point, given))}"
     kinds = ", ".join(spec.kind for spec in search.initialization)
-    return f"length {_describe(search.length)}; learning rate {_describe(search.learning_rate)}; initialization {kinds}"
+    told = (
+        f"{_describe(search.method)}; length {_describe(search.length)}; "
+        f"learning rate {_describe(search.learning_rate)}; initialization {kinds}"
+    )
+    further = {
+        "reparameterization": " or ".join(spec.kind for spec in search.reparameterization),
+        "max_norm": _describe(search.max_norm),
+        "dropout": _describe(search.dropout),
+    }
+    off = {name: type(search).model_fields[name].default for name in further}
+    return "; ".join([told, *(f"{name} {v}" for name, v in further.items() if getattr(search, name) != off[name])])
+
+
+def _describe_point(point: StartPoint) -> str:
+    method = f"{point.method}, " if point.method else ""
+    return f"{method}{point.initialization}, length {point.length}, learning rate {point.learning_rate:g}"
 
 
 def _count(trials: int) -> str:
     return "1 trial" if trials == 1 else f"{trials} trials"
-
-
-def _given(experiment: ExperimentSpec) -> tuple[StartPoint, ...]:
-    """The trials, where the starting points are all of them."""
-    start, trials = experiment.search.start, experiment.budget.trials
-    return start[:trials] if trials and len(start) >= trials else ()
 
 
 def _describe(value: object) -> str:
@@ -76,11 +86,10 @@ def _describe(value: object) -> str:
     return str(value)
 
 
-def _describe_cost(bench: Workbench) -> dict[str, str]:
+def _describe_cost(bench: Workbench, slots: int) -> dict[str, str]:
     """One trial alone in its lane, and the search with as many trials side by side as there are slots."""
     experiment, training = bench.experiment, bench.experiment.training
     trials, minutes = experiment.budget.trials, experiment.budget.minutes
-    slots = min(experiment.execution.slots, trials or experiment.execution.slots)
     token = _seconds_per_token(bench)
     step, score = _time_step(bench, slots), token * _tokens(bench, "validation")
     # Slots share a step, but are scored one after the other.
@@ -113,27 +122,17 @@ def _tokens(bench: Workbench, split: str) -> int:
     return sum(map(len, bench.split(split).inputs))
 
 
-def _longest(experiment: ExperimentSpec) -> int:
-    given = _given(experiment)
-    return max(point.length for point in given) if given else experiment.search.longest
-
-
 def _time_step(bench: Workbench, slots: int) -> float:
-    """Seconds of a forward and backward pass of a batch for each slot after the longest prompt.
+    """Seconds of the passes over a batch for each slot after the longest prompt.
 
     The batch is drawn as in training, so that it is padded as there; the optimizer is left out.
     """
-    backbone, length = bench.backbone, _longest(bench.experiment)
-    shape = (length, backbone.hidden_size)
-    prompts = [torch.zeros(shape, device=backbone.device, requires_grad=True) for _ in range(slots)]
+    backbone = bench.backbone
+    prompts = [bench.longest_prompt.to(backbone.device).requires_grad_() for _ in range(slots)]
     size = bench.experiment.training.batch_size
     drawn = random.Random(0).choices(bench.examples, k=slots * size)
-    owners = [n // size for n in range(len(drawn))]
-
-    def run() -> None:
-        forward(backbone, prompts, drawn, owners)[0].float().logsumexp(1).sum().backward()
-
-    return _time(run, backbone.device)
+    work = Work(prompts, [drawn[n : n + size] for n in range(0, len(drawn), size)], bench.loss)
+    return time_run(lambda: bench.passes.run(backbone, work), backbone.device)
 
 
 def _seconds_per_token(bench: Workbench) -> float:
@@ -142,20 +141,4 @@ def _seconds_per_token(bench: Workbench) -> float:
     rows = sorted(zip(split.inputs, split.answers, strict=True), key=lambda row: len(row[0]))
     inputs, answers = map(list, zip(*rows[max(0, len(rows) // 2 - 32) :][:64], strict=True))
     part = Split(inputs, answers, cut=0)
-    prompt = torch.zeros(_longest(bench.experiment), bench.backbone.hidden_size)
-    return _time(lambda: bench.measure(prompt, part), bench.backbone.device) / sum(map(len, inputs))
-
-
-def _time(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, after one to warm up."""
-    run()
-    _wait(device)
-    began = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return time_run(lambda: bench.measure(bench.longest_prompt, part), bench.backbone.device) / sum(map(len, inputs))

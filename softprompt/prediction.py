@@ -35,7 +35,7 @@ class _Reader:
         self.prompt = prompt
         self.fields = self.fields_of(prompt)
         """The columns that a row must have."""
-        self._backbone = backbone
+        self._backbone = backbone.placed(prompt.position)
 
     @staticmethod
     def fields_of(prompt: SoftPrompt) -> list[str]:
@@ -58,6 +58,8 @@ class _Reader:
             fields=self.fields,
             tokenizer=self._backbone.tokenizer,
             max_tokens=self.prompt.max_tokens,
+            apart=self._backbone.is_encoder_decoder,
+            before=self._backbone.before,
         ).inputs
 
 
@@ -68,8 +70,8 @@ class Predictor(_Reader):
         super().__init__(backbone, prompt)
         if not prompt.words:
             raise UserError("the prompt answers with a free text, not with a label; open it with a Writer")
-        labels = encode_labels(prompt.words, backbone.tokenizer)
-        self._classifier = Classifier(backbone, prompt.vectors, list(labels.values()))
+        labels = encode_labels(prompt.words, backbone.tokenizer, apart=backbone.is_encoder_decoder)
+        self._classifier = Classifier(self._backbone, prompt.vectors, list(labels.values()))
 
     def predict(self, rows: Sequence[Row]) -> list[Prediction]:
         """Label N rows; UserError names the row that lacks a column."""

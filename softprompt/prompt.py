@@ -1,4 +1,4 @@
-"""The artifact: a soft prompt in a folder, bound to the exact model it was trained on.
+"""The artifact: a soft prompt or a prefix in a folder, bound to the exact model it was trained on.
 
 The folder opens in PEFT as it is (`adapter_config.json`, `adapter_model.safetensors` with one float32 tensor
 `prompt_embeddings`); `softprompt.json` beside them carries what PEFT has no place for. Reading verifies every hash.
@@ -8,6 +8,7 @@ No pickle is written or read.
 import json
 import shutil
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Self
@@ -19,6 +20,7 @@ from torch import Tensor
 from softprompt.backbone import Backbone
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
+from softprompt.prefix import is_prefix, length_of, method_of
 from softprompt.template import columns_of
 
 FORMAT = 1
@@ -27,14 +29,16 @@ _TENSOR = "prompt_embeddings"
 _LARGEST = {"softprompt.json": 1 << 20, "adapter_model.safetensors": 1 << 30}
 """Bytes of the files that are read; what is larger is no soft prompt."""
 _FIELDS: dict[str, type] = {
-    "length": int,
-    "hidden_size": int,
+    "method": str,
+    "shape": list,
     "vectors_sha256": str,
     "template": str,
     "words": dict,
     "before": str,
     "max_new_tokens": int,
     "max_tokens": int,
+    "position": str,
+    "encoder_decoder": bool,
     "weights_sha256": str,
     "tokenizer_sha256": str,
     "base": dict,
@@ -42,7 +46,9 @@ _FIELDS: dict[str, type] = {
     "provenance": dict,
 }
 """What `softprompt.json` holds."""
-_PRECISIONS = ("bfloat16", "float32")
+_CHOICES = {"precision": ("bfloat16", "float32"), "position": ("start", "after_bos")}
+_DIMENSIONS = {"prompt_tuning": 2, "prefix_tuning": 5}
+"""Of the tensor, by method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ class SoftPrompt:
     """P trained vectors and everything that is needed to use them rightly."""
 
     vectors: Tensor
-    """`[P, H]`, float32, on the CPU."""
+    """`[P, H]`, or a prefix `[L, 2, G, P, D]`; float32, on the CPU."""
     template: str
     """The input as text, with `{column}` where a column of the row stands."""
     words: dict[str, str]
@@ -61,6 +67,10 @@ class SoftPrompt:
     """Most tokens of a free text; 0 where the answer is a label."""
     max_tokens: int
     """Longest input in tokens; longer ones have their longest field cut."""
+    position: str = "start"
+    """Where the vectors stand: at the `start`, before all tokens, or `after_bos`."""
+    encoder_decoder: bool = False
+    """Whether they stand before the input of an encoder, or of a decoder-only model."""
     weights_sha256: str
     """Hash of the frozen weights that the vectors belong to."""
     tokenizer_sha256: str
@@ -74,8 +84,13 @@ class SoftPrompt:
 
     @property
     def length(self) -> int:
-        """P, the number of vectors."""
-        return len(self.vectors)
+        """P, the number of positions that are trained."""
+        return length_of(self.vectors)
+
+    @property
+    def method(self) -> str:
+        """The method that it was trained by."""
+        return method_of(self.vectors)
 
     def require(self, backbone: Backbone) -> None:
         """Raise UserError, with both hashes, unless this is the backbone it was trained on, and has room for it."""
@@ -88,7 +103,9 @@ class SoftPrompt:
                     f"the prompt belongs to another base model: its {what} have sha256 {expected}, "
                     f"those of the model given have {found}; load the model that it was trained on"
                 )
-        if self.vectors.shape[1] != backbone.hidden_size:
+        if is_prefix(self.vectors):
+            self._require_layers(backbone)
+        elif self.vectors.shape[1] != backbone.hidden_size:
             raise UserError(
                 f"the prompt's vectors have {self.vectors.shape[1]} dimensions, the model's embeddings have "
                 f"{backbone.hidden_size}; fetch the prompt again"
@@ -100,6 +117,12 @@ class SoftPrompt:
                 f"the prompt's {self.length} vectors and max_tokens={self.max_tokens}{more} exceed the model's "
                 f"{positions} positions; fetch the prompt again"
             )
+
+    def _require_layers(self, backbone: Backbone) -> None:
+        layers, pair, groups, _, width = backbone.as_prefix(backbone.embed([backbone.pad])).shape
+        expected, found = [layers, pair, groups, self.length, width], list(self.vectors.shape)
+        if found != expected:
+            raise UserError(f"the prefix has the shape {found}, the model takes {expected}; fetch the prompt again")
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder at once or not at all; an older soft prompt there is replaced. Returns it.
@@ -120,8 +143,10 @@ class SoftPrompt:
 
     def _write(self, draft: Path) -> None:
         tensors = draft / "adapter_model.safetensors"
-        save_file({_TENSOR: self.vectors.float().contiguous()}, tensors, metadata={"format": "pt"})
-        _write_json(draft / "adapter_config.json", self._peft_config())
+        stored = _to_peft(self.vectors).float().repeat(_copies(self.encoder_decoder), 1)
+        save_file({_TENSOR: stored}, tensors, metadata={"format": "pt"})
+        if self.position == "start":  # PEFT knows no other place, and refuses a folder without its config
+            _write_json(draft / "adapter_config.json", self._peft_config())
         _write_json(draft / "softprompt.json", self._manifest(tensors))
         draft.chmod(0o755)
 
@@ -151,12 +176,12 @@ class SoftPrompt:
                 "fetch the prompt again"
             )
         known = {name: manifest[name] for name in _FIELDS if name in cls.__dataclass_fields__}
-        return cls(vectors=_read_vectors(tensors, [manifest["length"], manifest["hidden_size"]]), **known)
+        return cls(vectors=_read_vectors(tensors, manifest), **known)
 
     def _manifest(self, tensors: Path) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k != "vectors"}
-        shape = {"length": self.length, "hidden_size": self.vectors.shape[1]}
-        return {"format": FORMAT, **shape, "vectors_sha256": file_sha256(tensors), **plain}
+        kind = {"method": self.method, "shape": list(self.vectors.shape)}
+        return {"format": FORMAT, **kind, "vectors_sha256": file_sha256(tensors), **plain}
 
     def _peft_config(self) -> dict[str, Any]:
         where = self.base.get("id") or self.base.get("path") or self.base.get("package")
@@ -164,19 +189,51 @@ class SoftPrompt:
             "auto_mapping": None,
             "base_model_name_or_path": where,
             "inference_mode": True,
-            "num_attention_heads": None,
-            "num_layers": None,
-            "num_transformer_submodules": 1,
+            "num_transformer_submodules": _copies(self.encoder_decoder),
             "num_virtual_tokens": self.length,
-            "peft_type": "PROMPT_TUNING",
-            "prompt_tuning_init": "RANDOM",
-            "prompt_tuning_init_text": None,
             "revision": self.base.get("revision"),
-            "task_type": "CAUSAL_LM",
-            "token_dim": self.vectors.shape[1],
-            "tokenizer_kwargs": None,
-            "tokenizer_name_or_path": where,
+            "task_type": "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM",
+            **(_prefix_config(self.vectors) if is_prefix(self.vectors) else _prompt_config(self.vectors, where)),
         }
+
+
+def _prompt_config(vectors: Tensor, tokenizer: str | None) -> dict[str, Any]:
+    return {
+        "num_attention_heads": None,
+        "num_layers": None,
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "token_dim": vectors.shape[1],
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": tokenizer,
+    }
+
+
+def _prefix_config(vectors: Tensor) -> dict[str, Any]:
+    layers, _, groups, _, width = vectors.shape
+    return {
+        "encoder_hidden_size": groups * width,
+        "init_weights": None,
+        "num_attention_heads": groups,
+        "num_layers": layers,
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": False,
+        "token_dim": groups * width,
+    }
+
+
+def _to_peft(vectors: Tensor) -> Tensor:
+    """As PEFT keeps it: of a prefix `[P, L·2·G·D]`, a row for each position."""
+    return vectors.permute(3, 0, 1, 2, 4).flatten(1) if is_prefix(vectors) else vectors
+
+
+def _from_peft(stored: Tensor, shape: list[int]) -> Tensor:
+    """The reverse, to the shape `[P, H]` or `[L, 2, G, P, D]`."""
+    if len(shape) == 2:
+        return stored
+    layers, pair, groups, length, width = shape
+    return stored.view(length, layers, pair, groups, width).permute(1, 2, 3, 0, 4).contiguous()
 
 
 def _check_place(folder: Path) -> None:
@@ -196,18 +253,25 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
         if key not in manifest:
             raise UserError(f"{folder}: softprompt.json lacks {key}; fetch the prompt again")
         _require(type(manifest[key]) is kind, folder, key, f"be {kind.__name__}", manifest[key])
-    for key in ("length", "hidden_size", "max_tokens"):
-        _require(manifest[key] > 0, folder, key, "be positive", manifest[key])
-    words, precision = manifest["words"], manifest["precision"]
-    texts = all(type(word) is str for word in words.values())
-    _require(texts, folder, "words", "map labels to text", words)
-    most = manifest["max_new_tokens"]
+    _check_shape(manifest["method"], manifest["shape"], folder)
+    _require(manifest["max_tokens"] > 0, folder, "max_tokens", "be positive", manifest["max_tokens"])
+    words, most = manifest["words"], manifest["max_new_tokens"]
+    _require(all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
     _require(most == 0 if words else most > 0, folder, "max_new_tokens", "be 0 beside words, else positive", most)
-    _require(precision in _PRECISIONS, folder, "precision", f"be one of {', '.join(_PRECISIONS)}", precision)
+    for key, choices in _CHOICES.items():
+        _require(manifest[key] in choices, folder, key, f"be one of {', '.join(choices)}", manifest[key])
     try:
         columns_of(manifest["template"])
     except ValueError as error:
         raise UserError(f"{folder}: softprompt.json: {error}") from None
+
+
+def _check_shape(method: str, shape: list[Any], folder: Path) -> None:
+    _require(method in _DIMENSIONS, folder, "method", f"be one of {', '.join(_DIMENSIONS)}", method)
+    _require(all(type(n) is int and n > 0 for n in shape), folder, "shape", "hold whole numbers above zero", shape)
+    dimensions = _DIMENSIONS[method]
+    _require(len(shape) == dimensions, folder, "shape", f"have {dimensions} dimensions", shape)
+    _require(method == "prompt_tuning" or shape[1] == 2, folder, "shape", "have keys and values, 2", shape)
 
 
 def _require(holds: bool, folder: Path, key: str, must: str, found: Any) -> None:
@@ -217,20 +281,28 @@ def _require(holds: bool, folder: Path, key: str, must: str, found: Any) -> None
         )
 
 
-def _read_vectors(file: Path, shape: list[int]) -> Tensor:
-    """The tensor, of which type and shape are verified before it is read, and the numbers then."""
+def _copies(encoder_decoder: bool) -> int:
+    """How often the vectors are stored: PEFT wants as many for a decoder too, and does not use them."""
+    return 2 if encoder_decoder else 1
+
+
+def _read_vectors(file: Path, manifest: dict[str, Any]) -> Tensor:
+    """The vectors; type and shape of what is stored are verified before it is read, and the numbers then."""
+    shape = manifest["shape"]
+    length = shape[-2]
+    expected = [_copies(manifest["encoder_decoder"]) * length, prod(shape) // length]
     try:
         with safe_open(file, framework="pt") as tensors:
             stored = tensors.get_slice(_TENSOR)
             found = stored.get_dtype(), stored.get_shape()
-            if found != ("F32", shape):
-                raise UserError(f"{file}: {_TENSOR} must be F32 of shape {shape}, found {found[0]} of {found[1]}")
+            if found != ("F32", expected):
+                raise UserError(f"{file}: {_TENSOR} must be F32 of shape {expected}, found {found[0]} of {found[1]}")
             vectors: Tensor = tensors.get_tensor(_TENSOR)
     except SafetensorError as error:
         raise UserError(f"{file}: is no safetensors file with a tensor {_TENSOR}: {error}") from None
     if not vectors.isfinite().all():
         raise UserError(f"{file}: {_TENSOR} holds numbers that are not finite; fetch the prompt again")
-    return vectors
+    return _from_peft(vectors[:length], shape)
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

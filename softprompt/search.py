@@ -6,6 +6,7 @@ order in which a trial changes its state. Nothing here trains or logs.
 
 import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -44,7 +45,7 @@ def create_study(name: str, storage: str | BaseStorage, experiment: ExperimentSp
     study.set_user_attr("experiment", experiment.name)
     study.set_user_attr("fingerprint", experiment.fingerprint)
     for point in experiment.search.start:
-        study.enqueue_trial(point.model_dump())
+        study.enqueue_trial(point.model_dump(exclude_none=True))
 
 
 def load_study(name: str, storage: str | BaseStorage, experiment: ExperimentSpec) -> optuna.Study:
@@ -86,17 +87,37 @@ def ask(study: optuna.Study, search: SearchSpec) -> tuple[optuna.Trial, Params] 
 
 
 def suggest(trial: optuna.Trial, search: SearchSpec) -> Params:
-    """A trial's settings: `length`, `initialization`, `learning_rate`, and those of the kind, as `uniform.bound`."""
+    """A trial's settings: `length`, `initialization`, `learning_rate`, `method`, and the kind's, as `uniform.bound`.
+
+    `dropout`, and of prompt tuning `max_norm` and `reparameterization` with the settings of its kind, stand there if
+    any trial may have them.
+    """
     params: Params = {"length": _value(trial, "length", search.length)}
-    kinds = {spec.kind: spec for spec in search.initialization}
-    params["initialization"] = _value(trial, "initialization", Choices[str](choices=tuple(kinds)))
+    params["initialization"] = _kind(trial, "initialization", search.initialization)
     params["learning_rate"] = _value(trial, "learning_rate", search.learning_rate)
-    chosen = kinds[params["initialization"]]
-    for name in type(chosen).model_fields:
-        if name != "kind":
-            full = f"{chosen.kind}.{name}"
-            params[full] = _value(trial, full, getattr(chosen, name))
+    params["method"] = _value(trial, "method", search.method)
+    params |= _own(trial, params["initialization"], search.initialization)
+    if search.dropout:
+        params["dropout"] = _value(trial, "dropout", search.dropout)
+    if params["method"] == "prefix_tuning":
+        return params
+    if search.max_norm:
+        params["max_norm"] = _value(trial, "max_norm", search.max_norm)
+    if any(spec.kind != "none" for spec in search.reparameterization):
+        params["reparameterization"] = _kind(trial, "reparameterization", search.reparameterization)
+        params |= _own(trial, params["reparameterization"], search.reparameterization)
     return params
+
+
+def _kind(trial: optuna.Trial, name: str, specs: Sequence[Any]) -> Any:
+    return _value(trial, name, Choices[str](choices=tuple(spec.kind for spec in specs)))
+
+
+def _own(trial: optuna.Trial, kind: str, specs: Sequence[Any]) -> Params:
+    """The settings of a kind, each under its full name."""
+    chosen = next(spec for spec in specs if spec.kind == kind)
+    names = [name for name in type(chosen).model_fields if name != "kind"]
+    return {f"{kind}.{name}": _value(trial, f"{kind}.{name}", getattr(chosen, name)) for name in names}
 
 
 def _value(trial: optuna.Trial, name: str, spec: Any) -> Any:

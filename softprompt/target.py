@@ -36,10 +36,13 @@ class Target(Protocol):
         """The targets of N answers, which are labels or texts, and how many of them were cut."""
 
     def measure(self, prompt: Tensor, inputs: Sequence[Tokens], answers: Sequence[str]) -> Metrics:
-        """How well a prompt `[P, H]`, P may be 0, answers N inputs; FloatingPointError where a score is no number."""
+        """How well a prompt `[P, H]`, P may be 0, or a prefix `[L, 2, G, P, D]` answers N inputs.
+
+        Raises FloatingPointError where a score is no number.
+        """
 
     def asked_of(self, prompt: SoftPrompt) -> "Target":
-        """The same answers as a prompt spells them; UserError where it was trained for others."""
+        """The same answers as a prompt spells them, where it stands; UserError where it was trained for others."""
 
 
 def open_target(labels: LabelSpec, backbone: Backbone) -> Target:
@@ -55,7 +58,7 @@ class LabelTarget:
     def __init__(self, backbone: Backbone, words: Mapping[str, str]) -> None:
         self._backbone = backbone
         self._words = dict(words)
-        self._labels = encode_labels(words, backbone.tokenizer)
+        self._labels = encode_labels(words, backbone.tokenizer, apart=backbone.is_encoder_decoder)
         self._order = {label: n for n, label in enumerate(self._labels)}
 
     @property
@@ -79,13 +82,14 @@ class LabelTarget:
         return measure_scores([self._order[answer] for answer in answers], scores)
 
     def asked_of(self, prompt: SoftPrompt) -> "LabelTarget":
-        """The same labels in the prompt's words."""
+        """The same labels in the prompt's words, behind the prompt's place."""
         if set(prompt.words) != set(self._words):
             raise UserError(
                 f"the prompt answers with {_told(prompt)}, the experiment asks for {', '.join(self._words)}; "
                 "evaluate it on an experiment with its own labels"
             )
-        return LabelTarget(self._backbone, {label: prompt.words[label] for label in self._words})
+        words = {label: prompt.words[label] for label in self._words}
+        return LabelTarget(self._backbone.placed(prompt.position), words)
 
 
 class TextTarget:
@@ -104,8 +108,13 @@ class TextTarget:
 
     def encode(self, answers: Sequence[str]) -> tuple[list[Tokens], int]:
         """The tokens of each text and its end; what is too long loses its end and keeps the tokens that fit."""
-        tokenizer = self._backbone.tokenizer
-        return encode_targets(answers, before=self._before, max_new_tokens=self.longest, tokenizer=tokenizer)
+        return encode_targets(
+            answers,
+            before=self._before,
+            max_new_tokens=self.longest,
+            tokenizer=self._backbone.tokenizer,
+            apart=self._backbone.is_encoder_decoder,
+        )
 
     def measure(self, prompt: Tensor, inputs: Sequence[Tokens], answers: Sequence[str]) -> TextMetrics:
         """Each text is scored behind its own input; a text that was cut is matched by nothing."""
@@ -122,7 +131,8 @@ class TextTarget:
                 f"the prompt answers with {_told(prompt)}, the experiment asks for a text; "
                 "evaluate it on an experiment with its own labels"
             )
-        return TextTarget(self._backbone, before=prompt.before, max_new_tokens=self.longest)
+        backbone = self._backbone.placed(prompt.position)
+        return TextTarget(backbone, before=prompt.before, max_new_tokens=self.longest)
 
 
 def _told(prompt: SoftPrompt) -> str:

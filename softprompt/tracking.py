@@ -40,6 +40,8 @@ FLOW_RUN = "prefect.flow_run_id"
 HOST = "softprompt.host"
 PID = "softprompt.pid"
 """With the host: the process that writes a sweep or an evaluation, and closes it unless it is killed."""
+SLOTS = "softprompt.slots"
+"""How many trials a lane has trained side by side, and why."""
 PROMPT = "prompt"
 """Artifact folder of a trial's prompt."""
 
@@ -141,6 +143,10 @@ class Tracker:
         self._client.log_inputs(run_id, [_dataset_input(data, "test")])
         self.log_evaluation(run_id, systems)
         self.end(run_id, "finished")
+
+    def log_slots(self, sweep: str, choice: str) -> None:
+        """Record on the sweep how many trials a lane trains side by side, and why."""
+        self._client.set_tag(sweep, SLOTS, choice)
 
     def log_decision(self, sweep: str, version: int, *, promoted: bool, reason: str) -> None:
         """Record on the sweep what became of its winner."""

@@ -1,11 +1,11 @@
 """Tune K prompts through one frozen model.
 
-A `Slot` is one prompt being tuned: its vectors, its own AdamW, schedule, data order and random stream. `step` runs the
-slots that it is given through one forward and one backward pass; a slot's result depends neither on its neighbours nor
-on K, to rounding. A slot's whole state follows from its settings, its data and the number of its steps.
+A `Slot` is one prompt being tuned: its parameters, its own AdamW, schedule, data order and random stream. `step` does
+one step of all the slots that it is given, in as few forward and backward passes as memory and caches allow; a slot's
+result depends neither on its neighbours nor on K nor on how a step is cut, to rounding. A slot's whole state follows
+from its settings, its data and the number of its steps.
 
-The loss of a slot is the mean cross-entropy of its target tokens (the words of labels, or texts), over the vocabulary.
-What a prompt is worth, and when to stop it, is decided elsewhere.
+The loss of a slot is a mean over terms. What a prompt is worth, and when to stop it, is decided elsewhere.
 """
 
 import math
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, collate, lift
+from softprompt.composition import Example
+from softprompt.loss import Loss, OverVocabulary
+from softprompt.parameterization import Direct, Parameterization, Residual, cap_norms
+from softprompt.passes import Passes, Work
 
 _WINDOW = 64
 """Batches whose examples are sorted by length together: long enough for full batches of like length."""
@@ -36,6 +39,12 @@ class Settings:
     weight_decay: float
     clip_norm: float
     seed: int
+    bottleneck: int | None = None
+    """Width of the network of residual reparameterisation; None is none."""
+    max_norm: float | None = None
+    """Longest norm of a vector: after every update, what is longer is scaled down to it."""
+    dropout: bool = False
+    """Whether the frozen model drops out in training."""
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the step with this index: up linearly over the warm-up, then by the schedule."""
@@ -80,18 +89,34 @@ class BatchOrder:
 
 
 class Slot:
-    """One prompt being tuned on a list of examples."""
+    """One prompt being tuned on a list of examples, for a loss.
 
-    def __init__(self, initial: Tensor, examples: Sequence[Example], settings: Settings, device: torch.device) -> None:
+    `initial` is the prompt to begin with, in any shape that the composition takes.
+    """
+
+    def __init__(
+        self,
+        initial: Tensor,
+        examples: Sequence[Example],
+        settings: Settings,
+        device: torch.device,
+        loss: Loss = OverVocabulary(),  # noqa: B008, a value
+    ) -> None:
         self.settings = settings
-        self.prompt = nn.Parameter(initial.detach().to(device, torch.float32, copy=True))
-        """`[P, H]`, float32."""
+        self.loss = loss
+        self.parameterization = _parameterize(initial, settings, device)
         self.steps_done = 0
+        self._cap_norms()
         self._examples = examples
         self._order = BatchOrder([len(e.inputs) + len(e.target) for e in examples], settings.batch_size, settings.seed)
         self._optimizer = torch.optim.AdamW(
-            [self.prompt], lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.parameterization.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt as it stands, `[P, H]` in float32, without a graph."""
+        return self.parameterization.fold().detach()
 
     @property
     def finished(self) -> bool:
@@ -104,44 +129,78 @@ class Slot:
 
     def update(self) -> None:
         """One optimizer step with the gradient at hand, its norm clipped."""
-        nn.utils.clip_grad_norm_([self.prompt], self.settings.clip_norm)
+        nn.utils.clip_grad_norm_(self.parameterization.parameters, self.settings.clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(self.steps_done)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._cap_norms()
+        self.forget()
         self.steps_done += 1
 
+    def forget(self) -> None:
+        """Drop the gradient at hand."""
+        self._optimizer.zero_grad(set_to_none=True)
 
-def step(backbone: Backbone, slots: Sequence[Slot]) -> Tensor:
-    """One training step of every slot, in one forward and one backward pass.
+    def _cap_norms(self) -> None:
+        if self.settings.max_norm is not None:
+            self.parameterization.move(cap_norms(self.prompt, self.settings.max_norm))
 
-    Returns the K losses before the step, `[K]`, in nats per target token, on the model's device. A slot whose loss is
-    not finite is left as it was, and does not touch the others.
+
+def _parameterize(initial: Tensor, settings: Settings, device: torch.device) -> Parameterization:
+    if settings.bottleneck is None:
+        return Direct(initial, device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    return Residual(initial, settings.bottleneck, generator, device)
+
+
+def step(backbone: Backbone, slots: Sequence[Slot], passes: Passes | None = None) -> Tensor:
+    """One training step of every slot.
+
+    Where memory runs out, `passes` are halved for good, and the step begins anew. Returns the K losses before the step,
+    `[K]`, in nats per term of the loss, on the model's device. A slot whose loss is not finite is left as it was,
+    and does not touch the others. Raises UserError where a single example is too much for the memory.
     """
-    batches = [slot.next_examples() for slot in slots]
-    owner = [k for k, batch in enumerate(batches) for _ in batch]
-    logits, batch = forward(backbone, [slot.prompt for slot in slots], [e for batch in batches for e in batch], owner)
-    tokens = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
-    losses = _mean_by_owner(tokens, batch.owner[batch.rows], len(slots))
-    losses.sum().backward()
+    losses = _differentiate(backbone, slots, passes or Passes.usual(backbone.device))
     for slot, finite in zip(slots, torch.isfinite(losses).tolist(), strict=True):
         if finite:
             slot.update()
         else:
-            slot.prompt.grad = None
-    return losses.detach()
+            slot.forget()
+    return losses
 
 
-def forward(
-    backbone: Backbone, prompts: Sequence[Tensor], examples: Sequence[Example], owner: Sequence[int]
-) -> tuple[Tensor, Batch]:
-    """Logits `[M, V]` of N examples at their target tokens, each after its prompt, and where those are."""
-    common, examples = lift(examples)
-    batch = collate(examples, owner, pad=backbone.pad, device=backbone.device)
-    opening = backbone.embed(common)
-    return backbone.composition(backbone.model, [torch.cat([prompt, opening]) for prompt in prompts], batch), batch
+def _differentiate(backbone: Backbone, slots: Sequence[Slot], passes: Passes) -> Tensor:
+    """The losses `[K]`; their gradients are left with the slots."""
+    groups = _share(slots)
+    while True:
+        losses = torch.zeros(len(slots), device=backbone.device)
+        works = [_gather([slots[k] for k in group]) for group in groups]
+        try:
+            for group, work in zip(groups, works, strict=True):
+                losses[group] = passes.run(backbone, work)
+            return losses
+        except torch.OutOfMemoryError:
+            pass  # until the handler is left, its traceback holds the tensors of the pass
+        passes.halve(works)
+        for slot in slots:
+            slot.forget()
 
 
-def _mean_by_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    zeros = values.new_zeros(count)
-    return zeros.index_add(0, owner, values) / zeros.index_add(0, owner, torch.ones_like(values))
+def _share(slots: Sequence[Slot]) -> list[list[int]]:
+    """Which slots share passes: those of one loss; with dropout each by itself, so that its draws are its own."""
+    groups: dict[Loss | int, list[int]] = {}
+    for k, slot in enumerate(slots):
+        groups.setdefault(k if slot.settings.dropout else slot.loss, []).append(k)
+    return list(groups.values())
+
+
+def _gather(slots: Sequence[Slot]) -> Work:
+    """The coming step of slots that share passes."""
+    first = slots[0]
+    draws = np.random.SeedSequence([first.settings.seed, first.steps_done]).generate_state(1)
+    return Work(
+        [slot.parameterization.fold() for slot in slots],
+        [slot.next_examples() for slot in slots],
+        first.loss,
+        dropout_seed=int(draws[0]) if first.settings.dropout else None,
+    )

@@ -109,6 +109,8 @@ class Tuning:
             template=experiment.template,
             **self._bench.target.settings,
             max_tokens=experiment.training.max_tokens,
+            position=experiment.prompt_position,
+            encoder_decoder=backbone.is_encoder_decoder,
             weights_sha256=backbone.weights_sha256,
             tokenizer_sha256=backbone.tokenizer_sha256,
             base=backbone.reference,
@@ -134,7 +136,7 @@ def tune(bench: Workbench, params: dict[str, Any], *, number: int = 0) -> SoftPr
     """
     tuning = Tuning(bench, params, number=number, seed=[bench.experiment.seed, number])
     while not tuning.slot.finished:
-        tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+        tuning.losses += step(bench.backbone, [tuning.slot], bench.passes).tolist()
         if tuning.failure:
             raise FloatingPointError(tuning.failure)
         if tuning.at_rung:
@@ -143,11 +145,19 @@ def tune(bench: Workbench, params: dict[str, Any], *, number: int = 0) -> SoftPr
 
 
 def describe(params: dict[str, Any]) -> str:
-    """The settings of a trial in words, as `labels · P=20 · lr 0.01`."""
-    own = [f"{k.partition('.')[2]} {_short(v)}" for k, v in params.items() if "." in k]
-    return " · ".join(
-        [params["initialization"], f"P={params['length']}", f"lr {_short(params['learning_rate'])}", *own]
-    )
+    """The settings of a trial in words, as `labels · P=20 · lr 0.01`; what is off is left out."""
+    words = ["prefix"] if params.get("method") == "prefix_tuning" else []
+    words += [params["initialization"], f"P={params['length']}", f"lr {_short(params['learning_rate'])}"]
+    for name, value in params.items():
+        if "." in name:
+            words.append(f"{name.partition('.')[2]} {_short(value)}")
+        elif name == "reparameterization" and value != "none":
+            words.append(value)
+        elif name == "max_norm" and value:
+            words.append(f"max norm {_short(value)}")
+        elif name == "dropout" and value:
+            words.append("dropout")
+    return " · ".join(words)
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ fields, and prompt, input and label that the model has too few positions for.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor
 from softprompt.backbone import Backbone
 from softprompt.composition import Example
 from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare, render
+from softprompt.dropout import has_dropout
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics
 from softprompt.home import cache_home
 from softprompt.initialization import STRATEGIES
 from softprompt.loading import load_backbone
-from softprompt.spec import ExperimentSpec
+from softprompt.loss import Loss, OverLabels, OverVocabulary
+from softprompt.passes import Passes
+from softprompt.spec import ExperimentSpec, Method, ResidualReparameterization
 from softprompt.target import open_target
 from softprompt.training import Settings, Slot
 
@@ -46,22 +49,36 @@ class Workbench:
     ) -> None:
         self.experiment = experiment
         self.data = data or prepare(experiment, cache_home())
-        self.backbone = backbone or load_backbone(
+        backbone = backbone or load_backbone(
             experiment.model, precision=experiment.precision, device=experiment.execution.device
         )
-        self.labels = encode_labels(experiment.labels.words, self.backbone.tokenizer)
+        self.backbone = backbone.placed(experiment.prompt_position)
+        self.labels = encode_labels(
+            experiment.labels.words, self.backbone.tokenizer, apart=self.backbone.is_encoder_decoder
+        )
         """The tokens of each label; free text has none."""
         self.target = open_target(experiment.labels, self.backbone)
-        self._splits: dict[tuple[str, str, int], Split] = {}
+        self._splits: dict[tuple[str, str, int, str], Split] = {}
+        if "prefix_tuning" in experiment.search.methods:
+            self.backbone.require_prefixes()
         self._check_positions()
+        self._check_dropout()
         # A mistake in template or rows is told before there is a study or a run.
         self._targets = {name: self.target.encode(self.split(name).answers) for name in SPLITS}
         self.targets_cut = sum(cut for _, cut in self._targets.values())
         """Texts that were longer than `labels.max_new_tokens` and lost their end."""
 
-    def split(self, name: str, *, template: str | None = None, max_tokens: int | None = None) -> Split:
-        """The rows of `train`, `validation` or `test`, by the experiment's template and limit or by others."""
-        key = (name, template or self.experiment.template, max_tokens or self.experiment.training.max_tokens)
+    def split(
+        self, name: str, *, template: str | None = None, max_tokens: int | None = None, position: str | None = None
+    ) -> Split:
+        """The rows of `train`, `validation` or `test`, by the experiment's template, limit and place or by others."""
+        own = self.experiment
+        key = (
+            name,
+            template or own.template,
+            max_tokens or own.training.max_tokens,
+            position or own.prompt_position,
+        )
         if key not in self._splits:
             self._splits[key] = self._encode(*key)
         return self._splits[key]
@@ -83,7 +100,11 @@ class Workbench:
                 f"model has {limit} positions; shorten it"
             )
 
-    def _encode(self, name: str, template: str, max_tokens: int) -> Split:
+    def _check_dropout(self) -> None:
+        if self.experiment.search.may_drop_out and not has_dropout(self.backbone):
+            raise UserError("search.dropout: the model has no dropout, its rates are zero; take it out")
+
+    def _encode(self, name: str, template: str, max_tokens: int, position: str) -> Split:
         rows = self.data.split(name)
         encoded = encode_inputs(
             rows,
@@ -91,8 +112,23 @@ class Workbench:
             fields=self.experiment.fields,
             tokenizer=self.backbone.tokenizer,
             max_tokens=max_tokens,
+            apart=self.backbone.is_encoder_decoder,
+            before=self.backbone.placed(position).before,
         )
         return Split(encoded.inputs, list(rows["label"]), encoded.cut)
+
+    @cached_property
+    def loss(self) -> Loss:
+        """What every prompt is trained for."""
+        if self.experiment.training.loss == "labels":
+            return OverLabels(self.backbone, list(self.labels.values()))
+        return OverVocabulary()
+
+    @cached_property
+    def passes(self) -> Passes:
+        """How every step is cut; smaller from now on where memory runs out."""
+        execution, usual = self.experiment.execution, Passes.usual(self.backbone.device)
+        return Passes(execution.micro_batch_tokens or usual.tokens, execution.gradient_checkpointing)
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -100,18 +136,27 @@ class Workbench:
         targets, _ = self._targets["train"]
         return [Example(*row) for row in zip(self.split("train").inputs, targets, strict=True)]
 
+    @property
+    def longest_prompt(self) -> Tensor:
+        """Zeros in the shape of the costliest prompt that may be tried: a soft prompt costs more than a prefix."""
+        vectors = torch.zeros(self.experiment.longest, self.backbone.hidden_size)
+        return vectors if "prompt_tuning" in self.experiment.search.methods else self.backbone.as_prefix(vectors)
+
     def measure(self, prompt: Tensor, split: Split) -> Metrics:
-        """How well a prompt `[P, H]` answers the rows of a split; P may be 0."""
+        """How well a prompt `[P, H]`, P may be 0, or a prefix `[L, 2, G, P, D]` answers the rows of a split."""
         return self.target.measure(prompt, split.inputs, split.answers)
 
     def start(self, params: dict[str, Any], *, seed: Sequence[int]) -> Slot:
         """A slot for one trial.
 
         Args:
-            params: `length`, `initialization`, `learning_rate`, and the settings of the kind, as `uniform.bound`.
+            params: `length`, `initialization`, `learning_rate`, and the settings of the kind, as `uniform.bound`;
+                beside them may stand `method` where it is not `prompt_tuning`, `reparameterization` with its own,
+                `max_norm` and `dropout`.
             seed: what the trial's random streams are drawn from; the same gives the same prompt.
 
-        Raises UserError where one of the first three is missing, or the kind is none.
+        Raises UserError where one of the first three is missing, a kind or the method is none, or the model does not
+        take a prefix.
         """
         for name in ("length", "initialization", "learning_rate"):
             if name not in params:
@@ -127,8 +172,26 @@ class Workbench:
             weight_decay=training.weight_decay,
             clip_norm=training.clip_norm,
             seed=int(order),
+            bottleneck=self._bottleneck(params),
+            max_norm=params["max_norm"] * self._embedding_norm if params.get("max_norm") else None,
+            dropout=params.get("dropout", False),
         )
-        return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device)
+        return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device, self.loss)
+
+    @cached_property
+    def _embedding_norm(self) -> float:
+        """Mean norm of the embeddings as the model looks them up."""
+        vectors = self.backbone.embed(range(len(self.backbone.embeddings)))
+        return float(torch.linalg.vector_norm(vectors, dim=1).mean())
+
+    def _bottleneck(self, params: dict[str, Any]) -> int | None:
+        match params.get("reparameterization", "none"):
+            case "none":
+                return None
+            case "residual":
+                return int(params.get("residual.bottleneck", ResidualReparameterization().bottleneck))
+            case other:
+                raise UserError(f"params: no reparameterization {other!r}; use none or residual")
 
     def _initial(self, params: dict[str, Any], seed: int) -> Tensor:
         kind, length = params["initialization"], params["length"]
@@ -139,4 +202,11 @@ class Workbench:
         own = {k.partition(".")[2]: v for k, v in params.items() if k.startswith(f"{kind}.")}
         if kind == "labels":
             own["words"] = list(self.labels.values())
-        return STRATEGIES[kind](self.backbone, length, generator, **own)
+        vectors = STRATEGIES[kind](self.backbone, length, generator, **own)
+        return self._to_method(vectors, params.get("method", "prompt_tuning"))
+
+    def _to_method(self, vectors: Tensor, method: str) -> Tensor:
+        """What is trained: the vectors, or the prefix that they leave, with the same logits."""
+        if method not in get_args(Method):
+            raise UserError(f"params: no method {method!r}; use one of {', '.join(get_args(Method))}")
+        return self.backbone.as_prefix(vectors) if method == "prefix_tuning" else vectors

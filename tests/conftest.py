@@ -9,10 +9,14 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Backbone
 
 _SESSION = Path(tempfile.mkdtemp(prefix="softprompt-tests-"))
 atexit.register(shutil.rmtree, _SESSION, ignore_errors=True)
@@ -42,6 +46,24 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture
+def frozen() -> Iterator[Callable[..., "Backbone"]]:
+    """Makes tiny backbones as `tiny_backbone` does, and looks after the test whether they are what they were."""
+    from tests.tiny import tiny_backbone
+
+    made: list[Backbone] = []
+
+    def make(*args: Any, **overrides: Any) -> "Backbone":
+        made.append(tiny_backbone(*args, **overrides))
+        return made[-1]
+
+    yield make
+    for backbone in made:
+        assert backbone.weights_in_memory_sha256() == backbone.weights_sha256
+        assert all(weight.grad is None for weight in backbone.model.parameters())
+        assert not any(module.training for module in backbone.model.modules())
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import torch
 from gguf import GGUFWriter, TokenType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from softprompt.backbone import Backbone, convert_gguf, hash_folder, hash_tensors, hash_tokenizer, pick_device
-from softprompt.composition import concatenate, shared_prefix
+from softprompt.composition import Example, collate, concatenate, shared_prefix
 from softprompt.decoder import written_out
+from softprompt.encoder_decoder import encode_and_decode
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256
-from tests.tiny import tiny_backbone, tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_backbone, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -48,12 +50,6 @@ def test_a_model_without_keys_and_values_does_not() -> None:
     assert base.composition is concatenate
 
 
-def test_a_model_that_looks_ahead_does_not() -> None:
-    base = tiny_backbone("bert")
-    assert base.deviation(shared_prefix) > 0.15
-    assert base.composition is concatenate
-
-
 class Forgetful(GPT2LMHeadModel):
     """Takes kept states and does not look at them."""
 
@@ -69,6 +65,115 @@ def test_a_model_that_ignores_the_kept_states_does_not() -> None:
     base = Backbone.wrap(Forgetful(config), tiny_tokenizer())
     assert 0.5 < base.deviation(shared_prefix) < float("inf")
     assert base.composition is concatenate
+
+
+class Crowded(GPT2LMHeadModel):
+    """Takes a mean over the rows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits - output.logits.mean(0, keepdim=True) / 2
+        return output
+
+
+class Padded(GPT2LMHeadModel):
+    """Counts the columns, padding included."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * kwargs["attention_mask"].shape[1]
+        return output
+
+
+class Partial(GPT2LMHeadModel):
+    """Does with tokens what it leaves out with vectors."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * (2 if kwargs.get("input_ids") is not None else 1)
+        return output
+
+
+class Wordy(GPT2LMHeadModel):
+    """Takes tokens and no vectors."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Deaf(GPT2LMHeadModel):
+    """Says the same whatever it is told."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = torch.zeros_like(output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        (Crowded, "what it says of a row depends on the row's padding or neighbours"),
+        (Padded, "what it says of a row depends on the row's padding or neighbours"),
+        (Partial, "what it says of vectors is not what it says of the tokens that they stand for"),
+        (Wordy, "it cannot be run on a prompt before its input: .*input_ids"),
+        (Deaf, "it says the same with any prompt, or no numbers at all"),
+    ],
+)
+def test_a_model_for_which_prompts_mean_nothing_is_refused(kind: type[GPT2LMHeadModel], fault: str) -> None:
+    config = tiny_model("gpt2").config
+    assert isinstance(config, GPT2Config)
+    base = Backbone.wrap(kind(config), tiny_tokenizer())
+    with pytest.raises(UserError, match=f"{kind.__name__} cannot be used with soft prompts: {fault}.*; choose a caus"):
+        _ = base.composition
+
+
+@pytest.mark.parametrize("convert", [PreTrainedModel.float, PreTrainedModel.bfloat16])
+def test_a_bert_looks_ahead_and_is_refused(convert: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+    base = Backbone.wrap(convert(tiny_model("bert")), tiny_tokenizer())
+    with pytest.raises(UserError, match=r"BertLMHeadModel .* it looks ahead, .* \(by 0\.\d+ of what a prompt changes"):
+        _ = base.composition
+
+
+def test_a_decoder_that_nothing_starts_is_refused() -> None:
+    base = tiny_backbone("t5", decoder_start_token_id=None)
+    with pytest.raises(UserError, match=r"T5ForConditionalGeneration .* names its decoder_start_token_id"):
+        _ = base.composition
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_is_loaded_as_one(tmp_path: Path, kind: str, precision: str) -> None:
+    save_tiny(tmp_path, kind)
+    base = Backbone.load(tmp_path, precision=precision, device="cpu")
+    assert base.is_encoder_decoder
+    assert base.composition is encode_and_decode
+    assert base.branches
+
+
+def test_a_prompt_after_the_first_token_is_one_between_it_and_the_others() -> None:
+    """The formula with the token's embedding before the prompt, on rows that come without it."""
+    base = Backbone.wrap(tiny_model(), tiny_tokenizer(begin=True))
+    placed = base.placed("after_bos")
+    assert base.placed("start") is base
+    assert placed.placed("after_bos") is placed
+    assert placed.placed("start") == base
+    prompt = 0.3 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    row = torch.tensor([[1, 5, 6, 7]])
+    embedded = base.model.get_input_embeddings()(row)[0]
+    expected = base.model(inputs_embeds=torch.cat([embedded[:1], prompt, embedded[1:]])[None]).logits[0, -1:]
+    batch = collate([Example((5, 6, 7), (300,))], [0], pad=0, device=torch.device("cpu"))
+    torch.testing.assert_close(placed.composition(base.model, [prompt], batch), expected, rtol=1e-4, atol=1e-5)
+    without = placed.composition(base.model, [prompt[:0]], batch)
+    torch.testing.assert_close(without, base.model(row).logits[0, -1:], rtol=1e-4, atol=1e-5)
+    assert placed.composition.name == base.composition.name
+
+
+@pytest.mark.parametrize("frame", [{}, {"end": True}])
+def test_a_place_after_a_token_that_is_not_there_is_refused(frame: dict[str, bool]) -> None:
+    base = Backbone.wrap(tiny_model(), tiny_tokenizer(**frame))
+    with pytest.raises(UserError, match="prompt_position: after_bos, but the model's tokenizer puts no begin-of-seq"):
+        base.placed("after_bos")
 
 
 def test_what_is_loaded_is_frozen_and_identified(folder: Path) -> None:
@@ -187,7 +292,7 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(UserError, match="cannot be loaded as a language model"):
         Backbone.load(folder, device="cpu")
 
 
@@ -201,7 +306,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 )
 def test_a_config_that_is_wrong_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     edit_config(folder, **changes)
-    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(UserError, match="cannot be loaded as a language model"):
         Backbone.load(folder, device="cpu")
 
 
@@ -242,7 +347,7 @@ def test_a_damaged_file_is_refused(folder: Path) -> None:
 
 def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(UserError, match="cannot be loaded as a language model"):
         Backbone.load(folder, device="cpu")
 
 

@@ -1,6 +1,7 @@
 """The command as a person meets it: real processes, exit codes, and what they say."""
 
 import errno
+import json
 import os
 import sqlite3
 import subprocess
@@ -53,7 +54,7 @@ def sentence(result: Any, code: int = 2) -> str:
 
 def test_help_names_every_command():
     shown = run("--help").stdout
-    assert all(name in shown for name in ("sweep", "tune", "evaluate", "predict", "ui"))
+    assert all(name in shown for name in ("sweep", "tune", "evaluate", "predict", "device", "ui"))
 
 
 @pytest.mark.parametrize(
@@ -184,9 +185,28 @@ def test_dry_run_tells_the_plan_and_trains_nothing(tmp_path: Path):
     result = call("sweep", write_experiment(tmp_path), "--dry-run", SOFTPROMPT_HOME=home)
     assert result.exit_code == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        *("experiment", "model", "composition", "data", "search", "budget", "trial", "cost")
+        *("experiment", "model", "composition", "data", "search", "budget", "slots", "memory", "trial", "cost")
     ]
     assert not home.exists()
+
+
+def test_device_measures_and_writes_nothing(tmp_path: Path):
+    home = tmp_path / "home"
+    file = write_experiment(tmp_path)
+    alone = call("device", "--device", "cpu", SOFTPROMPT_HOME=home)
+    assert alone.exit_code == 0, alone.output
+    assert [line.split("  ")[0] for line in alone.stdout.splitlines()] == [
+        "device",
+        "memory",
+        "versions",
+        "matmul peak",
+    ]
+    found = json.loads(call("device", file, "--json", SOFTPROMPT_HOME=home).stdout)
+    assert found["device"] == "cpu"
+    assert found["model"]["composition"] == "shared prefix, layers written out"
+    assert found["model"]["choice"] == {"slots": 1, "why": "as more side by side are slower on a CPU", "rates": {}}
+    assert not home.exists()
+    assert "--set" in sentence(call("device", "--set", "seed=1"))
 
 
 def test_dry_run_of_the_other_commands(tmp_path: Path):

@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-ENGINE = ["backbone", "composition", "errors", "inference", "initialization", "packages", "prompt", "template"]
-ENGINE += ["training"]
+ENGINE = ["backbone", "composition", "decoder", "encoder_decoder", "errors", "inference", "initialization"]
+ENGINE += ["operations", "packages", "prefix", "probe", "prompt", "template", "training"]
 ABOVE = {
     "optuna",
     "mlflow",

@@ -26,8 +26,9 @@ from softprompt import registry, training
 from softprompt.errors import UserError
 from softprompt.home import study_storage, tracking_uri
 from softprompt.loading import load_backbone
+from softprompt.prediction import Predictor
 from softprompt.progress import Lines, watched_by
-from softprompt.registry import champion_version
+from softprompt.registry import champion_version, load_registered
 from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec, LocalModel
 from softprompt.tracking import Tracker
@@ -377,6 +378,30 @@ def test_free_text_is_evaluated_anew_and_a_second_sweep_keeps_the_champion(swept
     assert second.result().decision.reason == f"{loss} on 60 test rows is not better than champion v1 with {loss}"
 
 
+def test_both_methods_are_swept_compared_registered_and_answer(tmp_path):
+    point = {"length": 4, "initialization": "labels", "learning_rate": 0.1}
+    space = {"length": 4, "learning_rate": 0.1, "initialization": [{"kind": "labels"}]}
+    space |= {"pruner": {"kind": "none", "every": 6}}
+
+    def swept_over(*methods: str) -> SweepResult:
+        own = {"method": {"choices": methods}, "start": [point | {"method": method} for method in methods]}
+        parts = {"search": space | own, "budget": {"trials": len(methods)}}
+        parts |= {"execution": {"device": "cpu", "slots": len(methods)}}
+        return sweep(tiny_experiment(tmp_path, name="tiny-methods", **parts))
+
+    titles = ["prefix · labels · P=4 · lr 0.1", "labels · P=4 · lr 0.1"]
+    both, prefix = swept_over("prefix_tuning", "prompt_tuning"), swept_over("prefix_tuning")
+    assert [t.title.partition(": ")[2] for t in sorted(both.trials, key=lambda t: t.number)] == titles
+    assert [t.title.partition(": ")[2] for t in prefix.trials] == titles[:1]
+    assert {t.outcome for t in (*both.trials, *prefix.trials)} == {"finished"}
+    assert (both.decision.version, prefix.decision.version) == (1, 2)
+    assert list(prefix.evaluation.systems)[-2:] == ["champion v1", f"winner, {prefix.evaluation.title}"]
+    registered = load_registered("tiny-methods", "2")
+    assert registered.method == "prefix_tuning"
+    (answer,) = Predictor.open(registered, device="cpu").predict([{"text": "a great film"}])
+    assert answer.label in registered.words
+
+
 def with_text_in_braces(folder: Path, name: str) -> ExperimentSpec:
     """An experiment whose one trial is named for a text with braces."""
     text = "{text} is {trial.title}?"
@@ -445,10 +470,10 @@ def test_an_interrupt_leaves_nothing_open(experiment, tmp_path, monkeypatch: pyt
     stopped = tiny_experiment(tmp_path, name="tiny-stopped")
     real = training.step
 
-    def interrupt(backbone, slots):
+    def interrupt(backbone, slots, passes):
         if slots[0].steps_done == 2:
             raise KeyboardInterrupt
-        return real(backbone, slots)
+        return real(backbone, slots, passes)
 
     monkeypatch.setattr("softprompt.lane.step", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -16,6 +16,7 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 
 from softprompt import search, training
+from softprompt.backbone import hash_tensors
 from softprompt.closing import close_abandoned_runs, close_open_runs
 from softprompt.data import prepare
 from softprompt.errors import UserError
@@ -28,7 +29,7 @@ from softprompt.spec import ExperimentSpec
 from softprompt.tracking import Tracker, _experiment_id
 from softprompt.tuning import Tuning, tune
 from softprompt.workbench import Workbench
-from tests.tiny import tiny_experiment
+from tests.tiny import tiny_experiment, tiny_model
 
 SPACE: dict[str, Any] = {
     "length": {"low": 1, "high": 8, "log": True},
@@ -125,7 +126,8 @@ def test_study_tracker_and_records_agree(ends):
 
 def test_a_run_has_its_settings_and_its_curves(ends):
     client, child = MlflowClient(tracking_uri()), ends.children[0]
-    assert child.data.params == {"length": "4", "initialization": "labels", "learning_rate": "0.1"}
+    settings = {"length": "4", "initialization": "labels", "learning_rate": "0.1", "method": "prompt_tuning"}
+    assert child.data.params == settings
     losses = client.get_metric_history(child.info.run_id, "train_loss")
     assert [m.step for m in losses] == list(range(1, 13))
     assert all(math.isfinite(m.value) for m in losses)
@@ -190,8 +192,8 @@ def test_a_weak_trial_is_pruned(run, monkeypatch):
 def test_scores_that_are_no_numbers_fail_one_trial_and_not_the_lane(run, monkeypatch):
     real = training.step
 
-    def poison(backbone, slots):
-        losses = real(backbone, slots)
+    def poison(backbone, slots, passes):
+        losses = real(backbone, slots, passes)
         if slots[0].steps_done == 12 and slots[0].prompt.shape[0] == LABELS["length"]:
             slots[0].prompt.data.fill_(torch.nan)
         return losses
@@ -201,6 +203,21 @@ def test_scores_that_are_no_numbers_fail_one_trial_and_not_the_lane(run, monkeyp
     assert [r.outcome for r in ran.records] == ["failed", "finished"]
     assert ran.records[0].reason == "the scores are nan after step 12; try a lower learning rate"
     assert ran.prompt(0, state_home() / "fetched").provenance["step"] == 6  # the rung before is kept
+
+
+def test_both_methods_share_a_lane_and_train_as_alone(run, tmp_path):
+    points = [LABELS | {"method": "prefix_tuning"}, NORMAL | {"method": "prompt_tuning"}]
+    points += [NORMAL | {"method": "prefix_tuning"}]
+    space = {"method": {"choices": ["prompt_tuning", "prefix_tuning"]}}
+    together = run(*points, space=space, execution={"device": "cpu", "slots": 3})
+    assert [r.outcome for r in together.records] == ["finished"] * 3
+    for number, point in enumerate(points):
+        found, expected = together.prompt(number, tmp_path / str(number)), tune(together.bench, point, number=number)
+        assert found.method == point["method"] == together.children[number].data.params["method"]
+        torch.testing.assert_close(found.vectors, expected.vectors, rtol=1e-4, atol=1e-5)
+    assert "prefix · labels" in together.children[0].info.run_name
+    backbone = together.bench.backbone
+    assert backbone.weights_in_memory_sha256() == hash_tensors(sorted(tiny_model().state_dict().items()))
 
 
 FOUR = (LABELS, NORMAL, LABELS | {"length": 8}, NORMAL | {"learning_rate": 0.3})
@@ -221,6 +238,36 @@ def test_a_trial_does_not_depend_on_its_neighbours(run, alone, tmp_path):
         assert FOUR[number].items() <= ours.provenance["params"].items()
         assert record.score == alone.records[number].score
         torch.testing.assert_close(theirs.vectors, ours.vectors, rtol=1e-4, atol=1e-5)
+
+    sweep = MlflowClient(tracking_uri()).get_run(together.sweep.run_id)
+    assert sweep.data.tags["softprompt.slots"] == "3, as execution.slots says"
+
+
+FURTHER: dict[str, Any] = {
+    "reparameterization": [{"kind": "none"}, {"kind": "residual", "bottleneck": {"choices": [4, 8]}}],
+    "max_norm": {"choices": [None, 1.0]},
+}
+
+
+def test_trials_of_further_settings_are_told_recorded_and_do_not_depend_on_their_neighbours(run, tmp_path):
+    space, budget = FURTHER | {"startup_trials": 9}, {"trials": 6}
+    training = tiny_experiment(tmp_path).training.model_dump() | {"loss": "labels"}
+    execution = {"device": "cpu", "slots": 3, "micro_batch_tokens": 60}
+    ran = run(space=space, budget=budget, training=training, execution=execution)
+    kinds = set()
+    for record, child in zip(sorted(ran.records, key=lambda r: r.number), ran.children, strict=True):
+        if record.outcome == "failed":
+            continue  # numbers that overflow
+        prompt = ran.prompt(record.number, tmp_path / str(record.number))
+        params = prompt.provenance["params"]
+        kinds.add(params["reparameterization"])
+        assert child.data.params == {name: str(value) for name, value in params.items()}
+        assert ("· residual ·" in record.title) == (params["reparameterization"] == "residual")
+        alone = tune(ran.bench, params, number=record.number)
+        assert prompt.vectors.shape == (params["length"], 32)
+        torch.testing.assert_close(prompt.vectors, alone.vectors, rtol=1e-3, atol=1e-4)
+    assert kinds == {"none", "residual"}
+    assert ran.bench.backbone.weights_in_memory_sha256() == ran.bench.backbone.weights_sha256
 
 
 def test_the_library_alone_trains_the_same_prompt(alone, tmp_path):

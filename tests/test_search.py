@@ -46,6 +46,9 @@ FINITE = (
 """Four points."""
 
 
+METHODS = "search.method={choices: [prompt_tuning, prefix_tuning]}"
+
+
 def ask(study: optuna.Study, experiment: ExperimentSpec) -> tuple[optuna.Trial, search.Params]:
     asked = search.ask(study, experiment.search)
     assert asked is not None
@@ -74,7 +77,32 @@ def test_settings_of_a_kind_stand_only_beside_it_and_constants_are_not_suggested
         trial, params = ask(study, experiment)
         assert {k for k in params if "." in k} == own
         assert {k for k in trial.params if "." in k} == own & {"uniform.bound"}
-    assert params == {"length": 3, "initialization": "labels", "learning_rate": 0.05}
+    assert params == {"length": 3, "initialization": "labels", "learning_rate": 0.05, "method": "prompt_tuning"}
+
+
+def test_further_settings_stand_beside_those_where_any_trial_may_have_them(open_study):
+    kinds = "search.reparameterization=[{kind: none}, {kind: residual, bottleneck: {choices: [4, 8]}}]"
+    norms, dropout = "search.max_norm={choices: [null, 2.0]}", "search.dropout={choices: [false, true]}"
+    study, experiment = open_study(kinds, norms, dropout, "search.start=[]", "search.startup_trials=100")
+    seen = []
+    for _ in range(30):
+        trial, params = ask(study, experiment)
+        study.tell(trial, 0.5)
+        assert ("residual.bottleneck" in params) == (params["reparameterization"] == "residual")
+        seen.append(params)
+    found = {name: {params.get(name) for params in seen} for name in ("reparameterization", "max_norm", "dropout")}
+    assert found == {"reparameterization": {"none", "residual"}, "max_norm": {None, 2.0}, "dropout": {False, True}}
+    assert {params.get("residual.bottleneck") for params in seen} == {None, 4, 8}
+
+
+def test_further_settings_that_are_fixed_are_told_and_not_suggested(open_study):
+    study, experiment = open_study(
+        "search.reparameterization=[{kind: residual}]", "search.max_norm=2", "search.dropout=1"
+    )
+    trial, params = ask(study, experiment)
+    further = {"reparameterization": "residual", "residual.bottleneck": 128, "max_norm": 2.0, "dropout": True}
+    assert further.items() <= params.items()
+    assert not set(trial.params) & {"residual.bottleneck", "max_norm", "dropout"}
 
 
 def test_choices_are_suggested_as_they_are(open_study):
@@ -85,13 +113,25 @@ def test_choices_are_suggested_as_they_are(open_study):
     assert "learning_rate" not in trial.params
 
 
+def test_the_method_is_suggested_where_there_is_a_choice(open_study):
+    study, experiment = open_study(METHODS)
+    asked = [ask(study, experiment) for _ in range(8)]
+    assert {params["method"] for _, params in asked} == {"prompt_tuning", "prefix_tuning"}
+    assert all(trial.params["method"] == params["method"] for trial, params in asked)
+    trial, params = ask(*open_study("search.method=prefix_tuning"))
+    assert params["method"] == "prefix_tuning"
+    assert "method" not in trial.params
+
+
 def test_starting_points_come_first_in_their_order(open_study):
     one = "{length: 7, initialization: labels, learning_rate: 0.1}"
-    two = "{length: 64, initialization: text, learning_rate: 0.003}"
-    study, experiment = open_study(f"search.start=[{one}, {two}]")
+    two = "{length: 64, initialization: text, learning_rate: 0.003, method: prefix_tuning}"
+    study, experiment = open_study(f"search.start=[{one}, {two}]", METHODS)
     first, second, third = (ask(study, experiment)[1] for _ in range(3))
+    assert first.pop("method") in ("prompt_tuning", "prefix_tuning")
     assert first == {"length": 7, "initialization": "labels", "learning_rate": 0.1}
     assert {k: second[k] for k in first} == {"length": 64, "initialization": "text", "learning_rate": 0.003}
+    assert second["method"] == "prefix_tuning"
     assert third not in (first, second)
 
 
@@ -172,7 +212,7 @@ def test_a_space_of_one_point_ends(open_study):
         "search.length=2", "search.learning_rate=0.01", "search.initialization=[{kind: labels}]", "search.start=[]"
     )
     trial, params = ask(study, experiment)
-    assert params == {"length": 2, "initialization": "labels", "learning_rate": 0.01}
+    assert params == {"length": 2, "initialization": "labels", "learning_rate": 0.01, "method": "prompt_tuning"}
     study.tell(trial, 0.5)
     assert search.ask(study, experiment.search) is None
 

@@ -86,6 +86,34 @@ def test_inputs_carry_what_the_tokenizer_puts_before_a_text_and_nothing_after(be
     assert encoded.cut == 0
 
 
+@pytest.mark.parametrize("begin", [False, True])
+def test_an_encoder_is_given_what_the_tokenizer_puts_after_a_text_too(begin: bool) -> None:
+    tokenizer = tiny_tokenizer(begin=begin, end=True)
+    rows = [{"text": "a great film"}, {"text": "the film is great, " * 30}]
+    encoded = encode_inputs(rows, template=TEMPLATE, fields=["text"], tokenizer=tokenizer, max_tokens=40, apart=True)
+    assert list(encoded.inputs[0]) == tokenizer.encode(render(TEMPLATE, rows[0]))
+    assert len(encoded.inputs[1]) <= 40
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in encoded.inputs)
+    labels = encode_labels({"p": " positive", "n": " negative"}, tokenizer, apart=True)
+    assert {label: list(ids) for label, ids in labels.items()} == {
+        label: tokenizer.encode(word) for label, word in (("p", " positive"), ("n", " negative"))
+    }
+
+
+def test_what_stands_before_the_prompt_is_taken_from_the_inputs_and_counts_as_theirs() -> None:
+    tokenizer = tiny_tokenizer(begin=True)
+    rows = [{"text": "a great film"}, {"text": "the film is great, " * 30}]
+    whole, rest = (
+        encode_inputs(rows, template=TEMPLATE, fields=["text"], tokenizer=tokenizer, max_tokens=40, before=before)
+        for before in ((), (1,))
+    )
+    assert [(1, *ids) for ids in rest.inputs] == whole.inputs
+    with pytest.raises(UserError, match="row 1: makes no tokens"):
+        encode_inputs(
+            [{"text": ""}], template="{text}", fields=["text"], tokenizer=tokenizer, max_tokens=8, before=(1,)
+        )
+
+
 def test_a_long_input_loses_the_end_of_its_longest_field_and_nothing_else() -> None:
     tokenizer = tiny_tokenizer(begin=True)
     template = "Title: {title}\nReview: {text}\nSentiment:"

@@ -8,69 +8,40 @@ import numpy as np
 import pytest
 import torch
 
-from softprompt.backbone import Backbone
 from softprompt.composition import Example
-from softprompt.training import BatchOrder, Settings, Slot, step
-from tests.tiny import tiny_backbone
+from softprompt.training import BatchOrder, Slot, step
+from tests.slots import FAMILY, MIXED, Frozen, draw_examples, make_settings, make_slot, train
 
-
-def make_settings(**changes: Any) -> Settings:
-    usual: dict[str, Any] = {
-        "steps": 12,
-        "batch_size": 4,
-        "learning_rate": 0.05,
-        "schedule": "cosine",
-        "warmup_steps": 2,
-    }
-    return Settings(**(usual | {"weight_decay": 0.01, "clip_norm": 1.0, "seed": 0} | changes))
-
-
-def draw_examples(count: int = 40, seed: int = 0) -> list[Example]:
-    """Inputs of random tokens; the target says whether the first of them is a low or a high one."""
-    random = np.random.default_rng(seed)
-    inputs = [tuple(random.integers(3, 370, size=random.integers(2, 12)).tolist()) for _ in range(count)]
-    return [Example(row, (300, 301) if row[0] < 185 else (310,)) for row in inputs]
-
-
-def make_slot(length: int = 4, seed: int = 0, examples: list[Example] | None = None, **changes: Any) -> Slot:
-    initial = 0.3 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
-    return Slot(initial, examples or draw_examples(), make_settings(seed=seed, **changes), torch.device("cpu"))
-
-
-def train(backbone: Backbone, slot: Slot, steps: int | None = None) -> list[float]:
-    """The losses of some steps of a slot alone; all that are left by default."""
-    left = slot.settings.steps - slot.steps_done
-    return [step(backbone, [slot]).item() for _ in range(left if steps is None else steps)]
-
-
-MIXED: list[dict[str, Any]] = [
-    {"length": 1, "seed": 1, "batch_size": 2, "learning_rate": 0.2, "schedule": "constant"},
-    {"length": 7, "seed": 2, "batch_size": 5, "learning_rate": 0.01, "schedule": "linear"},
-    {"length": 4, "seed": 3, "batch_size": 3, "learning_rate": 0.05, "schedule": "cosine", "clip_norm": 0.1},
+BOTH_METHODS: list[dict[str, Any]] = [MIXED[0], MIXED[1] | {"prefix": True}, MIXED[2], MIXED[0] | {"prefix": True}]
+ALONE_AND_TOGETHER = [
+    (kind, trials) for kind in ("llama", "gpt2", "bloom", "mamba") for trials in (MIXED, [*FAMILY, MIXED[0]])
 ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "mamba"])
-def test_side_by_side_is_as_alone(kind: str) -> None:
-    """Lengths, rates, batch sizes and ages differ: slot k joins after k steps alone."""
-    backbone = tiny_backbone(kind)
-    alone, together = ([make_slot(**settings) for settings in MIXED] for _ in range(2))
+@pytest.mark.parametrize(("kind", "trials"), [*ALONE_AND_TOGETHER, ("llama", BOTH_METHODS)])
+def test_side_by_side_is_as_alone(frozen: Frozen, kind: str, trials: list[dict[str, Any]]) -> None:
+    """Lengths, rates, batch sizes, ages and methods differ: slot k joins after k steps alone."""
+    backbone = frozen(kind)
+    alone, together = ([make_slot(**settings) for settings in trials] for _ in range(2))
     expected = [train(backbone, slot) for slot in alone]
     losses = [train(backbone, slot, steps=k) for k, slot in enumerate(together)]
     while running := [k for k, slot in enumerate(together) if not slot.finished]:
         for k, loss in zip(running, step(backbone, [together[k] for k in running]).tolist(), strict=True):
             losses[k].append(loss)
-    for k in range(3):
+    for k in range(len(trials)):
         torch.testing.assert_close(together[k].prompt, alone[k].prompt, rtol=1e-3, atol=1e-4)
         assert losses[k] == pytest.approx(expected[k], rel=1e-3)
 
 
-def test_a_slot_is_refilled_and_the_others_go_on() -> None:
-    backbone = tiny_backbone()
-    alone = [make_slot(**settings) for settings in MIXED]
+@pytest.mark.parametrize(
+    ("kind", "trials"), [("llama", MIXED), ("gpt2", FAMILY[:3]), ("gpt2", FAMILY[1:])], ids=["plain", "family", "all"]
+)
+def test_a_slot_is_refilled_and_the_others_go_on(frozen: Frozen, kind: str, trials: list[dict[str, Any]]) -> None:
+    backbone = frozen(kind)
+    alone = [make_slot(**settings) for settings in trials]
     for slot in alone:
         train(backbone, slot, steps=8)
-    first, other, late = (make_slot(**settings) for settings in MIXED)
+    first, other, late = (make_slot(**settings) for settings in trials)
     for _ in range(4):
         step(backbone, [first, other])
     for _ in range(4):
@@ -82,9 +53,9 @@ def test_a_slot_is_refilled_and_the_others_go_on() -> None:
     torch.testing.assert_close(late.prompt, alone[2].prompt, rtol=1e-3, atol=1e-4)
 
 
-def test_the_same_settings_give_the_same_bits() -> None:
+def test_the_same_settings_give_the_same_bits(frozen: Frozen) -> None:
     one, two = make_slot(), make_slot()
-    assert train(tiny_backbone(), one) == train(tiny_backbone(), two)
+    assert train(frozen(), one) == train(frozen(), two)
     assert torch.equal(one.prompt, two.prompt)
 
 
@@ -93,33 +64,33 @@ def test_another_seed_gives_another_order() -> None:
     assert make_slot(seed=0).next_examples() != make_slot(seed=1).next_examples()
 
 
-def test_training_learns() -> None:
-    slot = make_slot(length=8, steps=60, batch_size=20, learning_rate=0.1)
-    losses = train(tiny_backbone(), slot)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_training_learns(frozen: Frozen, prefix: bool) -> None:
+    slot = make_slot(length=8, steps=60, batch_size=20, learning_rate=0.1, prefix=prefix)
+    losses = train(frozen(), slot)
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:3])
     assert slot.finished
 
 
-def test_only_the_prompt_changes() -> None:
-    backbone, slot, examples = tiny_backbone(), make_slot(), draw_examples()
+@pytest.mark.parametrize("prefix", [False, True])
+def test_only_the_prompt_changes(frozen: Frozen, prefix: bool) -> None:
+    backbone, slot, examples = frozen(), make_slot(prefix=prefix), draw_examples()
     before = slot.prompt.detach().clone()
     train(backbone, slot)
     assert not torch.equal(slot.prompt, before)
-    assert backbone.weights_in_memory_sha256() == backbone.weights_sha256
-    assert all(weight.grad is None for weight in backbone.model.parameters())
-    assert slot.prompt.grad is None
+    assert all(parameter.grad is None for parameter in slot.parameterization.parameters)
     assert examples == draw_examples()
 
 
-def test_a_slot_does_not_write_to_the_vectors_it_starts_from() -> None:
+def test_a_slot_does_not_write_to_the_vectors_it_starts_from(frozen: Frozen) -> None:
     initial = torch.zeros(3, 32)
     slot = Slot(initial, draw_examples(), make_settings(), torch.device("cpu"))
-    train(tiny_backbone(), slot, steps=2)
+    train(frozen(), slot, steps=2)
     assert torch.equal(initial, torch.zeros(3, 32))
 
 
-def test_the_loss_is_the_mean_over_target_tokens() -> None:
-    backbone = tiny_backbone()
+def test_the_loss_is_the_mean_over_target_tokens(frozen: Frozen) -> None:
+    backbone = frozen()
     examples = [Example((5, 6, 7), (300, 301)), Example((8,), (310,))]
     slot = make_slot(examples=examples, batch_size=2)
     embed = backbone.model.get_input_embeddings()
@@ -135,8 +106,8 @@ def test_the_loss_is_the_mean_over_target_tokens() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_a_loss_that_is_not_finite_stays_with_its_slot(kind: str, value: float) -> None:
-    backbone = tiny_backbone(kind)
+def test_a_loss_that_is_not_finite_stays_with_its_slot(frozen: Frozen, kind: str, value: float) -> None:
+    backbone = frozen(kind)
     healthy, twin, sick = make_slot(length=6), make_slot(length=6), make_slot(length=3, seed=1)
     train(backbone, healthy, steps=1)
     step(backbone, [twin, sick])
@@ -151,7 +122,40 @@ def test_a_loss_that_is_not_finite_stays_with_its_slot(kind: str, value: float) 
     torch.testing.assert_close(twin.prompt, healthy.prompt, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(sick.prompt.detach(), before, rtol=0, atol=0, equal_nan=True)
     assert sick.steps_done == 1
-    assert sick.prompt.grad is None
+    assert all(parameter.grad is None for parameter in sick.parameterization.parameters)
+
+
+def test_norms_are_capped_from_the_start_and_after_every_update(frozen: Frozen) -> None:
+    backbone = frozen()
+    slots = [make_slot(length=6, max_norm=1.5, learning_rate=0.2, bottleneck=width) for width in (None, 4)]
+    free = make_slot(length=6, learning_rate=0.2)
+    for _ in range(6):
+        for slot in slots:
+            assert slot.prompt.norm(dim=1).max() <= 1.5 * (1 + 1e-6)
+        step(backbone, [*slots, free])
+    assert free.prompt.norm(dim=1).min() > 1.6
+
+
+def test_a_vector_below_the_cap_is_left_alone(frozen: Frozen) -> None:
+    backbone, free, capped = frozen(), make_slot(), make_slot(max_norm=1e3)
+    assert train(backbone, capped) == train(backbone, free)
+    assert torch.equal(capped.prompt, free.prompt)
+
+
+@pytest.mark.parametrize("more", [{}, {"bottleneck": 6}, {"bottleneck": 6, "dropout": True, "max_norm": 1.5}])
+def test_every_way_of_training_learns(frozen: Frozen, more: dict[str, Any]) -> None:
+    slot = make_slot(length=8, steps=60, batch_size=20, learning_rate=0.1, **more)
+    losses = train(frozen("gpt2"), slot)
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
+    assert slot.prompt.shape == (8, 32)
+
+
+def test_all_parameters_of_a_reparameterized_prompt_learn(frozen: Frozen) -> None:
+    slot = make_slot(bottleneck=6, weight_decay=0.0)
+    before = [parameter.detach().clone() for parameter in slot.parameterization.parameters]
+    train(frozen(), slot, steps=3)
+    changed = [not torch.equal(a, b) for a, b in zip(before, slot.parameterization.parameters, strict=True)]
+    assert changed == [True] * 7
 
 
 def test_learning_rates_follow_the_schedule() -> None:
@@ -170,9 +174,9 @@ def test_without_warmup_the_first_step_is_at_the_peak() -> None:
     assert make_settings(warmup_steps=0, learning_rate=0.4).learning_rate_at(0) == 0.4
 
 
-def test_the_gradient_is_clipped_before_the_step() -> None:
+def test_the_gradient_is_clipped_before_the_step(frozen: Frozen) -> None:
     """AdamW's first step is as long as the rate, unless its epsilon outweighs the gradient."""
-    backbone, moved = tiny_backbone(), []
+    backbone, moved = frozen(), []
     for norm in (1e6, 1e-9):
         slot = make_slot(clip_norm=norm, schedule="constant", warmup_steps=0, weight_decay=0.0)
         before = slot.prompt.detach().clone()

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from softprompt.comparison import measure_prompt
 from softprompt.data import prepare
 from softprompt.evaluation import measure_scores
 from softprompt.inference import Classifier
+from softprompt.loading import load_backbone
+from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt
 from softprompt.training import step
 from softprompt.tuning import Tuning, describe, tune
 from softprompt.workbench import Workbench
-from tests.tiny import tiny_experiment
+from tests.tiny import save_tiny, tiny_experiment
 
 PARAMS: dict[str, Any] = {"length": 4, "initialization": "labels", "learning_rate": 0.1}
 
@@ -83,6 +86,31 @@ def test_the_prompt_says_where_it_comes_from(bench: Workbench, tmp_path: Path) -
     assert read.provenance == prompt.provenance
 
 
+def test_a_prompt_after_the_first_token_is_trained_measured_and_served_there(tmp_path: Path) -> None:
+    experiment = tiny_experiment(tmp_path, prompt_position="after_bos")
+    save_tiny(tmp_path / "model", begin=True)
+    placed = Workbench(experiment, prepare(experiment, tmp_path / "cache"))
+    row, ids = placed.data.split("train")[0], placed.examples[0].inputs
+    assert [1, *ids] == placed.backbone.tokenizer.encode(f"Review: {row['text']}\nSentiment:")
+    prompt = SoftPrompt.load(tune(placed, PARAMS).save(tmp_path / "prompt"))
+    assert prompt.position == "after_bos"
+
+    plain = load_backbone(experiment.model, precision="float32", device="cpu")
+    rows = placed.data.split("test")
+    answers = Predictor(plain, prompt).predict([{"text": row["text"]} for row in rows])
+    found = [answer.label == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    at_start = Workbench(experiment.model_copy(update={"prompt_position": "start"}), placed.data)
+    assert found == list(measure_prompt(placed, prompt).correct) == list(measure_prompt(at_start, prompt).correct)
+
+    embeds = plain.model.get_input_embeddings()(torch.tensor([plain.tokenizer.encode("Review: dull\nSentiment:")]))[0]
+    joined = torch.cat([embeds[:1], prompt.vectors, embeds[1:]])
+    words = [ids[0] for ids in placed.labels.values()]
+    with torch.no_grad():
+        expected = plain.model(inputs_embeds=joined[None]).logits[0, -1, words].softmax(0)
+    (answer,) = Predictor(plain, prompt).predict([{"text": "dull"}])
+    assert list(answer.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_no_prompt_before_the_first_rung(bench: Workbench) -> None:
     with pytest.raises(RuntimeError, match="has not been validated yet"):
         Tuning(bench, PARAMS, number=0, seed=[0]).prompt()
@@ -112,9 +140,16 @@ def test_progress_says_how_far_it_is(bench: Workbench) -> None:
         ({}, "labels · P=4 · lr 0.1"),
         ({"initialization": "uniform", "uniform.bound": 0.25}, "uniform · P=4 · lr 0.1 · bound 0.25"),
         ({"learning_rate": 0.0123456}, "labels · P=4 · lr 0.012"),
+        ({"method": "prompt_tuning"}, "labels · P=4 · lr 0.1"),
+        ({"method": "prefix_tuning"}, "prefix · labels · P=4 · lr 0.1"),
         (
             {"initialization": "text", "text.text": "Is this film good or is it bad?"},
             "text · P=4 · lr 0.1 · text Is this film good or is…",
+        ),
+        ({"reparameterization": "none", "max_norm": None, "dropout": False}, "labels · P=4 · lr 0.1"),
+        (
+            {"reparameterization": "residual", "residual.bottleneck": 64, "max_norm": 2.5, "dropout": True},
+            "labels · P=4 · lr 0.1 · residual · bottleneck 64 · max norm 2.5 · dropout",
         ),
         ({"initialization": "text", "text.text": "Good\n or\tbad?\n"}, "text · P=4 · lr 0.1 · text Good or bad?"),
     ],

@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from softprompt.backbone import Backbone
 from softprompt.composition import Example
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.inference import Classifier
+from softprompt.loss import OverLabels, OverVocabulary
+from softprompt.passes import Passes
+from softprompt.spec import Choices, validate_experiment
 from softprompt.workbench import Workbench
 from tests.tiny import tiny_backbone, tiny_experiment
 
@@ -80,16 +85,85 @@ def test_a_slot_starts_by_its_parameters_and_its_seed(bench: Workbench, params: 
     assert one.settings.learning_rate == 0.1
 
 
+@pytest.mark.parametrize("params", PARAMS, ids=lambda params: params["initialization"])
+def test_a_prefix_starts_as_the_soft_prompt_of_its_initialization(bench: Workbench, params: dict[str, Any]) -> None:
+    params = {"length": 9, "learning_rate": 0.1, **params}
+    soft = bench.start(params, seed=[0, 1])
+    prefix = bench.start(params | {"method": "prefix_tuning"}, seed=[0, 1])
+    assert prefix.prompt.shape == (2, 2, 2, 9, 8)
+    assert prefix.next_examples() == soft.next_examples()
+    inputs = bench.split("train").inputs[:20]
+    labels = list(bench.labels.values())
+    classifiers = [Classifier(bench.backbone, slot.prompt, labels) for slot in (soft, prefix)]
+    expected, found = (classifier.score(inputs).log_probabilities for classifier in classifiers)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", {"choices": ["prompt_tuning", "prefix_tuning"]}])
+def test_a_model_that_takes_no_prefix_is_told_before_anything_is_trained(bench: Workbench, method: Any) -> None:
+    tree = bench.experiment.model_dump()
+    tree["search"] |= {"method": method, "start": []}
+    with pytest.raises(UserError, match=r"search\.method: prefix_tuning needs .* this mamba model does not; use"):
+        Workbench(validate_experiment(tree, "asked"), bench.data, tiny_backbone("mamba"))
+
+
 def test_settings_of_a_kind_reach_it(bench: Workbench) -> None:
     slot = bench.start({"length": 50, "learning_rate": 0.1, **PARAMS[0]}, seed=[0])
     assert 0.2 < slot.prompt.abs().max() <= 0.25
 
 
+def test_further_settings_reach_the_slot(bench: Workbench) -> None:
+    usual = {"length": 3, "learning_rate": 0.1, "initialization": "normal"}
+    further = {"reparameterization": "residual", "residual.bottleneck": 7, "max_norm": 0.5, "dropout": True}
+    plain, slot = (bench.start(usual | more, seed=[0]) for more in ({"reparameterization": "none"}, further))
+    assert (plain.settings.bottleneck, plain.settings.max_norm, plain.settings.dropout) == (None, None, False)
+    mean = bench.backbone.embed(range(len(bench.backbone.embeddings))).norm(dim=1).mean().item()
+    assert (slot.settings.bottleneck, slot.settings.dropout) == (7, True)
+    assert slot.settings.max_norm == pytest.approx(mean / 2)
+    assert slot.prompt.norm(dim=1).max() <= mean / 2 + 1e-5 < plain.prompt.norm(dim=1).max()
+
+
+def changed(bench: Workbench, part: str, backbone: Backbone | None = None, **fields: object) -> Workbench:
+    spec = getattr(bench.experiment, part).model_copy(update=fields)
+    return Workbench(bench.experiment.model_copy(update={part: spec}), bench.data, backbone or bench.backbone)
+
+
+def test_the_loss_is_the_one_asked_for(bench: Workbench) -> None:
+    params = {"length": 3, "learning_rate": 0.1, "initialization": "labels"}
+    slots = [other.start(params, seed=[0]) for other in (bench, changed(bench, "training", loss="labels"))]
+    assert [type(slot.loss) for slot in slots] == [OverVocabulary, OverLabels]
+
+
+def test_passes_are_as_the_execution_has_them(bench: Workbench) -> None:
+    assert bench.passes == Passes(1024)
+    other = changed(bench, "execution", micro_batch_tokens=77, gradient_checkpointing=True)
+    assert other.passes == Passes(77, gradient_checkpointing=True)
+    assert other.passes is other.passes
+
+
+def test_dropout_of_a_model_without_any_is_refused(bench: Workbench) -> None:
+    for asked in (True, Choices[bool](choices=(False, True))):
+        with pytest.raises(
+            UserError, match=r"^search\.dropout: the model has no dropout, its rates are zero; take it out$"
+        ):
+            changed(bench, "search", dropout=asked)
+        changed(bench, "search", tiny_backbone("gpt2"), dropout=asked)
+    changed(bench, "search", dropout=Choices[bool](choices=(False,)))
+
+
 @pytest.mark.parametrize(
     ("params", "told"),
     [
+        (
+            {"length": 2, "learning_rate": 0.1, "initialization": "labels", "reparameterization": "lora"},
+            "no reparameterization 'lora'; use none or residual",
+        ),
         ({"length": 2, "learning_rate": 0.1, "initialization": "zeros"}, "no initialization 'zeros'; use one of unif"),
         ({"length": 2, "learning_rate": 0.1, "initialization": "Backbone"}, "no initialization 'Backbone'; use one of"),
+        (
+            {"length": 2, "learning_rate": 0.1, "initialization": "labels", "method": "lora"},
+            "no method 'lora'; use one of prompt_tuning, prefix_tuning",
+        ),
         ({"length": 2, "initialization": "labels"}, "'learning_rate' is missing, found length, initialization"),
         ({"initialization": "labels", "learning_rate": 0.1}, "'length' is missing"),
         ({}, "'length' is missing, found none"),

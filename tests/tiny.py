@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from softprompt.backbone import Backbone
 from softprompt.spec import ExperimentSpec, validate_experiment
@@ -75,13 +81,21 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     | {"ffn_dim": 64, "max_position_embeddings": 256, "init_std": 0.2},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
     "falcon": _COMMON | {"multi_query": True, "new_decoder_architecture": False},
+    "gemma3_text": _GROUPED
+    | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "bert": _COMMON | {"intermediate_size": 64, "max_position_embeddings": 256},  # looks ahead
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+    | {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": 0.2}
+    | {"max_position_embeddings": 256, "decoder_start_token_id": 2, "forced_eos_token_id": None},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.2},
 }
+_FRAMES = {"t5": {"end": True}, "bart": {"begin": True, "end": True}}
+"""What the tokenizers of these put around a text."""
 
 
 def tiny_model(kind: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A causal language model of two layers, 32 wide, with random weights and the tiny tokenizer's vocabulary.
+    """A language model of two layers, 32 wide, with random weights and the tiny tokenizer's vocabulary.
 
     Args:
         kind: One of transformers' model types that `_CONFIGS` names; llama has grouped queries.
@@ -93,14 +107,22 @@ def tiny_model(kind: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTr
     settings = {"vocab_size": len(tokenizer), "attn_implementation": "eager"} | special | _CONFIGS[kind] | overrides
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+        config = AutoConfig.for_model(kind, **settings)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config)
     model.eval()
     return model
 
 
 def tiny_backbone(kind: str = "llama", *, seed: int = 0, **overrides: Any) -> Backbone:
     """A tiny model, frozen and identified."""
-    return Backbone.wrap(tiny_model(kind, seed=seed, **overrides), tiny_tokenizer())
+    return Backbone.wrap(tiny_model(kind, seed=seed, **overrides), tiny_tokenizer(**_FRAMES.get(kind, {})))
+
+
+def save_tiny(folder: Path, kind: str = "llama", **frame: bool) -> None:
+    """Write a tiny model with its tokenizer, which puts around a text what its kind wants or what `frame` says."""
+    tiny_model(kind).save_pretrained(folder)
+    tiny_tokenizer(**_FRAMES.get(kind, {}) | frame).save_pretrained(folder)
 
 
 def tiny_experiment(folder: Path, **overrides: Any) -> ExperimentSpec:
@@ -113,8 +135,7 @@ def tiny_experiment(folder: Path, **overrides: Any) -> ExperimentSpec:
         overrides: Parts of the experiment, as in its YAML, in place of these.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model")
     _write_rows(folder / "rows.csv")
     return validate_experiment(_tree(folder) | overrides, "tiny experiment")
 

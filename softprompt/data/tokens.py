@@ -30,7 +30,9 @@ def render(template: str, row: Mapping[str, str]) -> str:
     return template.format_map(row)
 
 
-def encode_labels(words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tokens]:
+def encode_labels(
+    words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, *, apart: bool = False
+) -> dict[str, Tokens]:
     """The tokens that stand for each label.
 
     Where the tokens of one label begin those of another, every label ends with the end-of-sequence token, so that
@@ -39,6 +41,7 @@ def encode_labels(words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
     Args:
         words: For each label, the text that the model is to continue with.
         tokenizer: Of the model.
+        apart: Whether a target is a text of its own, as for a decoder: with all special tokens of a text then.
 
     Raises:
         UserError: A word has no tokens, two have the same, or the end token that is needed does not exist.
@@ -54,6 +57,8 @@ def encode_labels(words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
                 f"labels.words: {words[a]!r} of {a!r} and {words[b]!r} of {b!r} have the same tokens "
                 f"{list(tokens[a])}; choose words that the tokenizer tells apart"
             )
+    if apart:
+        tokens = {label: tuple(tokenizer(text_target=word)["input_ids"]) for label, word in words.items()}
     if not any(tokens[b][: len(tokens[a])] == tokens[a] for a, b in pairs):
         return tokens
     end = tokenizer.eos_token_id
@@ -66,7 +71,7 @@ def encode_labels(words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
 
 
 def encode_targets(
-    texts: Sequence[str], *, before: str, max_new_tokens: int, tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[str], *, before: str, max_new_tokens: int, tokenizer: PreTrainedTokenizerBase, apart: bool = False
 ) -> tuple[list[Tokens], int]:
     """N texts as the tokens that a model is to generate, and how many of them were cut.
 
@@ -78,6 +83,7 @@ def encode_targets(
         before: What stands between an input and its text.
         max_new_tokens: Most tokens of a target, the end-of-sequence token included.
         tokenizer: Of the model.
+        apart: Whether a target is a text of its own, as for a decoder: with the special tokens before it too then.
 
     Raises:
         UserError: The tokenizer has no end-of-sequence token, or a text makes no tokens or holds that one.
@@ -85,11 +91,15 @@ def encode_targets(
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError("labels: the tokenizer has no end-of-sequence token to end a free text; name one in its config")
-    encoded = tokenizer([before + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    spelt = [before + text for text in texts]
+    encoded = tokenizer(spelt, add_special_tokens=False, verbose=False)["input_ids"]
     for n, ids in enumerate(encoded, start=1):
         if not ids or end in ids:
             what = f"holds {tokenizer.eos_token!r}, which is to end it" if ids else "makes no tokens"
             raise UserError(f"row {n}: its text {texts[n - 1][:60]!r} {what}; mend it or leave it out")
+    if apart:
+        framed = tokenizer(text_target=spelt, verbose=False)["input_ids"]
+        encoded = [ids[:-1] if ids[-1] == end else ids for ids in framed]
     targets = [(*ids, end)[:max_new_tokens] for ids in encoded]
     return targets, sum(len(ids) >= max_new_tokens for ids in encoded)
 
@@ -101,6 +111,8 @@ def encode_inputs(
     fields: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
+    apart: bool = False,
+    before: Tokens = (),
 ) -> Encoded:
     """The rows as tokens, with the special tokens that the tokenizer puts before a text, and none after it.
 
@@ -112,44 +124,49 @@ def encode_inputs(
         fields: The columns that the template names.
         tokenizer: Of the model.
         max_tokens: Longest input (T), special tokens included.
+        apart: Whether the input is a text of its own, as for an encoder: with the special tokens after it too then.
+        before: Special tokens that every input begins with and loses, as they stand before the prompt.
 
     Raises:
         UserError: The template leaves no room for the fields, or a row makes no tokens.
     """
     whole = [{name: row[name] for name in fields} for row in rows]
-    inputs = _encode([render(template, row) for row in whole], tokenizer)
+    tail = 1 if not apart and _adds_end(tokenizer) else 0
+    inputs = _encode([render(template, row) for row in whole], tokenizer, tail)
     long = {n: row for n, row in enumerate(whole) if len(inputs[n]) > max_tokens}
     cut = len(long)
     if long:
-        _require_room(template, fields, tokenizer, max_tokens)
+        _require_room(template, fields, tokenizer, max_tokens, tail)
     while long:
         excess = [len(inputs[n]) - max_tokens for n in long]
         shorter = _cut_longest(list(long.values()), excess, fields, tokenizer)
-        encoded = _encode([render(template, row) for row in shorter], tokenizer)
+        encoded = _encode([render(template, row) for row in shorter], tokenizer, tail)
         inputs.update(zip(long, encoded.values(), strict=True))
         long = {n: row for n, row in zip(long, shorter, strict=True) if len(inputs[n]) > max_tokens}
     for n in range(len(whole)):
-        if not inputs[n]:
+        if len(inputs[n]) <= len(before):
             raise UserError(f"row {n + 1}: makes no tokens with the template {template!r}; leave it out")
-    return Encoded([inputs[n] for n in range(len(whole))], cut)
+    return Encoded([inputs[n][len(before) :] for n in range(len(whole))], cut)
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[int, Tokens]:
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, tail: int) -> dict[int, Tokens]:
+    """Texts as tokens, without the last `tail` of each."""
     if not texts:
         return {}
     # Not verbose: longer than the model can take is no matter here, as long inputs are cut.
     encoded = tokenizer(texts, verbose=False)["input_ids"]
-    tail = 1 if _adds_end(tokenizer) else 0
     return {n: tuple(ids[: len(ids) - tail]) for n, ids in enumerate(encoded)}
 
 
 def _adds_end(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer ends every text by itself; the label comes after the input, so it must not."""
+    """Whether the tokenizer ends every text by itself; where the label comes right after the input, it must not."""
     return tokenizer.eos_token_id is not None and tokenizer.encode("a")[-1] == tokenizer.eos_token_id
 
 
-def _require_room(template: str, fields: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-    empty = _encode([render(template, dict.fromkeys(fields, ""))], tokenizer)[0]
+def _require_room(
+    template: str, fields: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, tail: int
+) -> None:
+    empty = _encode([render(template, dict.fromkeys(fields, ""))], tokenizer, tail)[0]
     if len(empty) >= max_tokens:
         raise UserError(
             f"training.max_tokens: the template alone takes {len(empty)} tokens, found max_tokens={max_tokens}; "

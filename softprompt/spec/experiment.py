@@ -6,14 +6,14 @@ no postponed annotations in this package.
 
 import hashlib
 import json
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from softprompt.spec.base import Slug, Spec
 from softprompt.spec.data import DataSpec, LabelSpec, SplitSpec
 from softprompt.spec.model import ModelSpec
-from softprompt.spec.search import SearchSpec
+from softprompt.spec.search import SearchSpec, StartPoint
 from softprompt.template import columns_of
 
 
@@ -34,6 +34,8 @@ class TrainingSpec(Spec):
     """Decoupled weight decay of AdamW."""
     clip_norm: float = Field(gt=0)
     """The gradient of a prompt is scaled down to this norm."""
+    loss: Literal["vocabulary", "labels"] = "vocabulary"
+    """What the right label has to win against: all that the model could say, or the other labels."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -66,16 +68,31 @@ class EvaluationSpec(Spec):
     """A plain instruction put before the input as text: what you would do without a soft prompt."""
 
 
+Slots = Annotated[
+    Annotated[Annotated[int, Field(ge=1, le=256)], Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(lambda value: "number" if isinstance(value, int | float) else "word"),
+]
+
+
 class ExecutionSpec(Spec):
     """Where and how it runs; outside the fingerprint, as it changes no trial's result.
 
-    With several slots a search may ask for other trials, as more of them begin before the first results are in.
+    With several slots a search may ask for other trials, as more of them begin before the first results are in. With
+    dropout, a step that is cut into other passes has other draws.
     """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    slots: int = Field(default=1, ge=1, le=256)
-    """Prompts trained side by side through one frozen forward pass (K)."""
+    slots: Slots = "auto"
+    """Prompts trained side by side through one frozen forward pass (K), or `auto`: 1 on a CPU, on a GPU as many as
+    still gain something and fit its memory, by a short measurement."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a forward and backward pass at the most: a step is cut into several, and their gradients added up.
+
+    By default 1,024 on a CPU and 32,768 elsewhere, halved whenever memory runs out.
+    """
+    gradient_checkpointing: bool = False
+    """Whether to compute the inside of the model's layers again on the way back: less memory, a third more work."""
 
 
 class ExperimentSpec(Spec):
@@ -95,6 +112,8 @@ class ExperimentSpec(Spec):
     """The input as text, with `{column}` where a column of the row stands."""
     labels: LabelSpec
     """The target: which label a row has and the words that stand for it, or the column of a free text."""
+    prompt_position: Literal["start", "after_bos"] = "start"
+    """Where the prompt stands: before all tokens, or behind the begin-of-sequence token of the tokenizer."""
     splits: SplitSpec
     """How many rows each split gets."""
     training: TrainingSpec
@@ -114,6 +133,10 @@ class ExperimentSpec(Spec):
             raise ValueError("template: must name at least one column, as in '{text}'")
         if not self.labels.words and any(spec.kind == "labels" for spec in self.search.initialization):
             raise ValueError("search.initialization: `labels` starts from label words, and free text has none; drop it")
+        if not self.labels.words and self.training.loss == "labels":
+            raise ValueError("training.loss: labels weighs label words, and free text has none; use vocabulary")
+        if self.prompt_position == "after_bos" and "prefix_tuning" in self.search.methods:
+            raise ValueError("prompt_position: after_bos is for prompt_tuning alone, found search.method prefix_tuning")
         return self
 
     @property
@@ -125,6 +148,17 @@ class ExperimentSpec(Spec):
     def rungs(self) -> list[int]:
         """The steps after which a trial is scored on the validation split; the last is `training.steps`."""
         return self.search.pruner.rungs(self.training.steps)
+
+    @property
+    def given(self) -> tuple[StartPoint, ...]:
+        """The trials of the search, where its starting points are all of them."""
+        start, trials = self.search.start, self.budget.trials
+        return start[:trials] if trials and len(start) >= trials else ()
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest prompt that may be trained."""
+        return max((point.length for point in self.given), default=self.search.longest)
 
     def with_one_trial(self) -> Self:
         """The same experiment with a budget of one trial: the first of its starting points, if it has any."""

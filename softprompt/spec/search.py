@@ -74,6 +74,7 @@ def _of_a_prompt(value: V) -> V:
 Length = Annotated[int, Field(ge=1, le=2048)]
 Count = Annotated[int, Field(ge=1)]
 Words = Annotated[str, Field(min_length=1)]
+Method = Literal["prompt_tuning", "prefix_tuning"]
 
 SearchedLength = Annotated[
     Annotated[Length, Tag("fixed")] | Annotated[IntRange, Tag("range")] | Annotated[Choices[Length], Tag("choices")],
@@ -92,6 +93,15 @@ SearchedCount = Annotated[
     _by_shape,
     AfterValidator(_above_zero),
 ]
+SearchedMethod = Annotated[Annotated[Method, Tag("fixed")] | Annotated[Choices[Method], Tag("choices")], _by_shape]
+SearchedBound = Annotated[
+    Annotated[Positive | None, Tag("fixed")]
+    | Annotated[FloatRange, Tag("range")]
+    | Annotated[Choices[Positive | None], Tag("choices")],
+    _by_shape,
+    AfterValidator(_above_zero),
+]
+SearchedSwitch = Annotated[Annotated[bool, Tag("fixed")] | Annotated[Choices[bool], Tag("choices")], _by_shape]
 SearchedText = Annotated[Annotated[Words, Tag("fixed")] | Annotated[Choices[Words], Tag("choices")], _by_shape]
 
 
@@ -134,6 +144,23 @@ class LabelsInit(Spec):
 
 
 InitSpec = Annotated[UniformInit | NormalInit | VocabularyInit | TextInit | LabelsInit, Field(discriminator="kind")]
+
+
+class NoReparameterization(Spec):
+    """The prompt itself is trained."""
+
+    kind: Literal["none"] = "none"
+
+
+class ResidualReparameterization(Spec):
+    """Vectors and a network that all of them pass, with a skip connection; folded into the prompt after training."""
+
+    kind: Literal["residual"] = "residual"
+    bottleneck: SearchedCount = 128
+    """Width of the network's hidden layer."""
+
+
+ReparameterizationSpec = Annotated[NoReparameterization | ResidualReparameterization, Field(discriminator="kind")]
 
 
 class HalvingPruner(Spec):
@@ -205,6 +232,8 @@ class StartPoint(Spec):
     """Kind of initialization, one of those searched."""
     learning_rate: Positive
     """Peak learning rate."""
+    method: Method | None = None
+    """Method, one of those searched; without it the search chooses."""
 
 
 class SearchSpec(Spec):
@@ -216,6 +245,15 @@ class SearchSpec(Spec):
     """Where the prompt may start from; several kinds are searched over, with their own settings."""
     learning_rate: SearchedFloat
     """Peak learning rate of AdamW."""
+    method: SearchedMethod = "prompt_tuning"
+    """What is trained at each of the prompt's positions: a vector before the embeddings with `prompt_tuning`, the keys
+    and values of every layer with `prefix_tuning`."""
+    reparameterization: tuple[ReparameterizationSpec, ...] = Field(default=(NoReparameterization(),), min_length=1)
+    """What a soft prompt is made of in training; several kinds are searched over, with their own settings."""
+    max_norm: SearchedBound = None
+    """Longest norm of a soft prompt's vectors, in mean norms of the model's embeddings; null leaves them."""
+    dropout: SearchedSwitch = False
+    """Whether the frozen model's own dropout is on in training."""
     pruner: PrunerSpec
     """When to stop a weak trial, and when trials are scored."""
     startup_trials: int = Field(default=6, ge=0)
@@ -230,14 +268,32 @@ class SearchSpec(Spec):
             return self.length.high
         return max(self.length.choices) if isinstance(self.length, Choices) else self.length
 
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that may be tried."""
+        return self.method.choices if isinstance(self.method, Choices) else (self.method,)
+
+    @property
+    def may_drop_out(self) -> bool:
+        """Whether any trial may have dropout on."""
+        return True in self.dropout.choices if isinstance(self.dropout, Choices) else self.dropout
+
     @model_validator(mode="after")
     def _kinds_stand_once(self) -> Self:
+        for name in ("initialization", "reparameterization"):
+            kinds = [spec.kind for spec in getattr(self, name)]
+            if len(set(kinds)) != len(kinds):
+                raise ValueError(f"each kind of {name} stands once, got {kinds}; use {{choices: [...]}} inside it")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_lie_inside(self) -> Self:
         kinds = [i.kind for i in self.initialization]
-        if len(set(kinds)) != len(kinds):
-            raise ValueError(f"each kind of initialization stands once, got {kinds}; use {{choices: [...]}} inside it")
         for n, point in enumerate(self.start):
             if point.initialization not in kinds:
                 raise ValueError(f"start.{n}.initialization must be one of {kinds}, got {point.initialization!r}")
+            if point.method not in (None, *self.methods):
+                raise ValueError(f"start.{n}.method must be one of {list(self.methods)}, got {point.method!r}")
             for name in ("length", "learning_rate"):
                 value, space = getattr(point, name), getattr(self, name)
                 if not _holds(space, value):

@@ -164,7 +164,7 @@ def test_the_prompt_of_a_trial_loads_and_says_where_it_comes_from(ends, tmp_path
     prompt = ends.prompt(0, tmp_path)
     prompt.require(ends.bench.backbone)
     assert prompt.length == 4
-    assert prompt.provenance["params"] == LABELS
+    assert prompt.provenance["params"] == LABELS | {"method": "prompt_tuning"}
     assert prompt.provenance["dataset"]["digest"] == ends.bench.data.digest
     assert prompt.provenance["validation"]["accuracy"] == ends.records[0].score
 

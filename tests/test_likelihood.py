@@ -8,11 +8,12 @@ import torch
 from softprompt import likelihood
 from softprompt.backbone import Backbone
 from softprompt.composition import Example, collate, concatenate
+from softprompt.encoder_decoder import encode_and_decode
 from softprompt.likelihood import score_targets
 from softprompt.training import Settings, Slot, step
 from tests.tiny import tiny_backbone
 
-KINDS = ("llama", "gemma2", "gpt2", "opt", "bloom", "falcon", "mamba")
+KINDS = ("llama", "gemma2", "gpt2", "opt", "bloom", "falcon", "mamba", "t5", "bart")
 
 
 def prompt(length: int = 5) -> torch.Tensor:
@@ -32,7 +33,8 @@ def examples(count: int, longest: int = 9) -> list[Example]:
 def plain_logits(backbone: Backbone, vectors: torch.Tensor, example: Example) -> torch.Tensor:
     batch = collate([example], [0], pad=0, device=torch.device("cpu"))
     with torch.inference_mode():
-        return concatenate(backbone.model, [vectors], batch)
+        formula = encode_and_decode if backbone.is_encoder_decoder else concatenate
+        return formula(backbone.model, [vectors], batch)
 
 
 @pytest.mark.parametrize("length", [0, 5])
@@ -44,6 +46,15 @@ def test_the_log_probability_is_that_of_the_formula(kind: str, length: int):
         nats = plain_logits(backbone, prompt(length), row).log_softmax(1)
         expected = nats.gather(1, torch.tensor(row.target)[:, None]).sum().item()
         assert log_probability == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_targets_after_a_prefix_are_as_likely_as_after_the_soft_prompt_that_leaves_it(kind: str):
+    backbone, rows = tiny_backbone(kind), examples(40)
+    soft = score_targets(backbone, prompt(), rows)
+    prefix = score_targets(backbone, backbone.as_prefix(prompt()), rows)
+    assert prefix.log_probabilities == pytest.approx(soft.log_probabilities, rel=1e-4)
+    assert prefix.greedy.tolist() == soft.greedy.tolist()
 
 
 @pytest.mark.parametrize("limit", ["_ROWS", "_TOKENS", "_PLACES"])
@@ -60,7 +71,7 @@ def greedy(backbone: Backbone, row: tuple[int, ...], tokens: int) -> tuple[int, 
     """What the model says by itself, by the formula alone."""
     said: tuple[int, ...] = ()
     for _ in range(tokens):
-        said += (int(plain_logits(backbone, prompt(), Example(row + said, (0,))).argmax()),)
+        said += (int(plain_logits(backbone, prompt(), Example(row, (*said, 0)))[-1].argmax()),)
     return said
 
 

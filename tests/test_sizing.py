@@ -90,7 +90,8 @@ def test_weights_and_optimizer_are_counted(tmp_path: Path):
     assert estimate.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     slot = running(bench, 1)[0]
     step(bench.backbone, [slot])
-    moments = [m for m in slot._optimizer.state[slot.prompt].values() if m.numel() > 1]
+    (parameter,) = slot.parameterization.parameters
+    moments = [m for m in slot._optimizer.state[parameter].values() if m.numel() > 1]
     assert estimate.state == sum(t.nbytes for t in (slot.prompt, slot.prompt, *moments))  # a gradient is of its size
 
 

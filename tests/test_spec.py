@@ -131,6 +131,14 @@ def test_a_mistake_is_named_by_its_dotted_key(override: str, message: str):
     assert refusal(override).startswith(f"{DEFAULT}: {message}")
 
 
+def test_a_loss_over_labels_needs_labels():
+    overrides = ["labels={kind: text, field: l, max_new_tokens: 9}", "search.initialization=[{kind: uniform}]"]
+    overrides += ["search.start=[]", "training.loss=labels"]
+    message = "training.loss: labels is for targets that are labels, found free text; use vocabulary"
+    assert refusal(*overrides) == f"{DEFAULT}: {message}"
+    assert load_experiment(DEFAULT, [*overrides[:-1], "training.loss=vocabulary"]).labels.kind == "text"
+
+
 def test_a_file_with_a_date_that_is_none_is_refused(tmp_path: Path):
     (tmp_path / "dated.yaml").write_text("name: 2024-02-30\n")
     with pytest.raises(UserError, match=r"dated\.yaml: not valid YAML: day is out of range for month"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from softprompt.backbone import Backbone
 from softprompt.comparison import INSTRUCTION, NO_PROMPT, measure_baselines, measure_prompt
 from softprompt.composition import Example
 from softprompt.data import prepare
@@ -16,7 +17,7 @@ from softprompt.prompt import SoftPrompt
 from softprompt.target import TextTarget
 from softprompt.tuning import Tuning, tune
 from softprompt.workbench import Workbench
-from tests.tiny import tiny_backbone, tiny_experiment, tiny_text_experiment
+from tests.tiny import tiny_backbone, tiny_experiment, tiny_model, tiny_text_experiment, tiny_tokenizer
 
 TRAINING = {"steps": 120, "batch_size": 8, "max_tokens": 48, "schedule": "cosine", "warmup_steps": 1}
 PARAMS = {"length": 8, "initialization": "vocabulary", "learning_rate": 0.05}
@@ -57,6 +58,22 @@ def test_exact_match_is_what_generation_gives(bench, prompt, rows):
     assert measured.correct == [text == row["label"] for text, row in zip(written, rows, strict=True)]
     assert 0 < sum(measured.correct) < 60
     assert measured.numbers["exact_match"] == sum(measured.correct) / 60
+
+
+@pytest.mark.parametrize("place", [{"method": "prefix_tuning"}, {"position": "after_bos"}], ids=str)
+def test_a_text_is_learned_measured_and_written_with_every_kind_of_prompt(place, bench, rows, tmp_path):
+    tokenizer = tiny_tokenizer(begin=True)
+    backbone = Backbone.wrap(tiny_model(), tokenizer)
+    experiment = bench.experiment.model_copy(update={"prompt_position": place.get("position", "start")})
+    placed = Workbench(experiment, bench.data, backbone)
+    made = tune(placed, PARAMS | {"method": place.get("method", "prompt_tuning")})
+    read = SoftPrompt.load(made.save(tmp_path / "prompt"))
+    assert (read.method, read.position) == (place.get("method", "prompt_tuning"), experiment.prompt_position)
+    measured, written = measure_prompt(placed, read), Writer(backbone, read).write(rows)
+    assert measured.correct == [text == row["label"] for text, row in zip(written, rows, strict=True)]
+    assert 0 < sum(measured.correct) < 60
+    elsewhere = Workbench(bench.experiment, bench.data, backbone)
+    assert measure_prompt(elsewhere, read) == measured
 
 
 def test_a_text_that_was_cut_is_matched_by_nothing(bench, prompt, rows):

@@ -58,6 +58,21 @@ def test_a_text_becomes_its_tokens_and_one_end(begin: bool, end: bool) -> None:
     assert cut == 0
 
 
+@pytest.mark.parametrize(("begin", "end"), [(False, False), (True, False), (True, True), (False, True)])
+def test_a_decoder_is_given_a_text_as_its_tokenizer_frames_it_and_one_end(begin: bool, end: bool) -> None:
+    tokenizer = tiny_tokenizer(begin=begin, end=end)
+    targets, cut = encode_targets(
+        ["great", "a film", "the film"], before=" ", max_new_tokens=4, tokenizer=tokenizer, apart=True
+    )
+    plain = [tokenizer.encode(f" {text}", add_special_tokens=False) for text in ("great", "a film", "the film")]
+    assert targets == [(*([1] if begin else []), *ids, 2)[:4] for ids in plain]
+    assert cut == sum(begin + len(ids) >= 4 for ids in plain)
+    with pytest.raises(UserError, match="row 2: its text 'y</s>z' holds '</s>', which is to end it"):
+        encode_targets(["x", "y</s>z"], before=" ", max_new_tokens=9, tokenizer=tokenizer, apart=True)
+    with pytest.raises(UserError, match="row 1: its text '' makes no tokens"):
+        encode_targets([""], before="", max_new_tokens=9, tokenizer=tokenizer, apart=True)
+
+
 def test_a_long_text_keeps_the_tokens_that_fit_and_loses_its_end() -> None:
     tokenizer = tiny_tokenizer()
     whole = tokenizer.encode("abcdef")

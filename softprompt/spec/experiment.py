@@ -134,7 +134,7 @@ class ExperimentSpec(Spec):
         if not self.labels.words and any(spec.kind == "labels" for spec in self.search.initialization):
             raise ValueError("search.initialization: `labels` starts from label words, and free text has none; drop it")
         if not self.labels.words and self.training.loss == "labels":
-            raise ValueError("training.loss: labels weighs label words, and free text has none; use vocabulary")
+            raise ValueError("training.loss: labels is for targets that are labels, found free text; use vocabulary")
         if self.prompt_position == "after_bos" and "prefix_tuning" in self.search.methods:
             raise ValueError("prompt_position: after_bos is for prompt_tuning alone, found search.method prefix_tuning")
         return self

@@ -33,13 +33,13 @@ def infer(backbone: Backbone, prompt: Tensor, inputs: list[tuple[int, ...]], lab
 
 def validate(subject: Subject, start: Start, every: int, rows: Rows) -> Iterator[Point]:
     """Train, and yield after every so many steps; what happens between two of these points is not counted."""
-    inputs, gold = rows
+    (inputs, gold), labels = rows, list(subject.bench.labels.values())
     slot, watch = start.slot(subject.backbone.device), Stopwatch()
     while not slot.finished:
         with watch.running():
             for _ in range(min(every, start.settings.steps - slot.steps_done)):
                 step(subject.backbone, [slot])
-            accuracy = measure_scores(gold, subject.bench.score(slot.prompt, inputs)).accuracy
+            accuracy = measure_scores(gold, Classifier(subject.backbone, slot.prompt, labels).score(inputs)).accuracy
         yield slot.steps_done, round(watch.seconds, 2), accuracy
 
 

@@ -16,7 +16,7 @@ from benchmarks.timing import Point, ratio
 
 def race(subject: Subject, sizes: Sizes) -> dict[str, Any]:
     """What each side needed to reach the score; None where it did not within the trial's steps."""
-    first = subject.experiment.search.start[0].model_dump()
+    first = subject.experiment.search.start[0].model_dump(exclude_none=True)
     slot = subject.bench.start(first, seed=[subject.experiment.seed, 0])
     start = Start(slot.prompt.detach().cpu(), subject.bench.examples, slot.settings)
     rows = subject.validation(sizes.score_rows)

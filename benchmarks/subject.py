@@ -11,7 +11,7 @@ from benchmarks.start import Rows, Start, steady
 from softprompt.home import cache_home
 from softprompt.loading import locate
 from softprompt.spec import ExperimentSpec
-from softprompt.workbench import Workbench
+from softprompt.workbench import Split, Workbench
 
 
 class Subject:
@@ -42,4 +42,10 @@ class Subject:
     def validation(self, rows: int) -> Rows:
         """The first validation rows."""
         split = self.bench.split("validation")
-        return split.inputs[:rows], split.gold[:rows]
+        return split.inputs[:rows], gold(self.bench, split)[:rows]
+
+
+def gold(bench: Workbench, split: Split) -> list[int]:
+    """Index of each row's label among the experiment's."""
+    order = list(bench.labels)
+    return [order.index(answer) for answer in split.answers]

@@ -16,19 +16,21 @@ from typing import Any
 
 import optuna
 from optuna.storages import InMemoryStorage
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import peer
 from benchmarks.sizes import Sizes
 from benchmarks.start import Start
-from benchmarks.subject import Subject
+from benchmarks.subject import Subject, gold
 from benchmarks.timing import Stopwatch, ratio
 from softprompt import search
+from softprompt.evaluation import Metrics
 from softprompt.lane import Lane, TrialRecord, open_sweep
-from softprompt.progress import SearchProgress, TrialProgress, watched_by
+from softprompt.progress import Lines, watched_by
 from softprompt.spec import ExperimentSpec, validate_experiment
 from softprompt.store import create_stores
-from softprompt.workbench import Workbench
+from softprompt.workbench import Split, Workbench
 
 
 class Course:
@@ -57,21 +59,16 @@ class Course:
         return next(seconds for seconds, best in self.curve if best >= score)
 
 
-class _Watcher:
-    """Takes down what a lane tells of its trials."""
+class _Noted(Workbench):
+    """A workbench that takes every validation down."""
 
-    def __init__(self, course: Course) -> None:
-        self._course = course
+    course: Course
 
-    def stage(self, text: str) -> None:
-        """Nothing."""
-
-    def step(self, trial: TrialProgress, search: SearchProgress) -> None:
-        """The best score of the trial."""
-        self._course.note(trial.score or 0.0)
-
-    def end(self, title: str, outcome: str, search: SearchProgress) -> None:
-        """Nothing."""
+    def measure(self, prompt: Tensor, split: Split) -> Metrics:
+        """As ever."""
+        metrics = super().measure(prompt, split)
+        self.course.note(metrics.score)
+        return metrics
 
 
 class PeerSearch:
@@ -96,9 +93,10 @@ class PeerSearch:
         slot = self._bench.start(params, seed=[experiment.seed, trial.number])
         start = Start(slot.prompt.detach().cpu(), self._bench.examples, slot.settings)
         model, labels, scores = peer.wrap(self._base, start.prompt), list(self._bench.labels.values()), [0.0]
+        rows = split.inputs, gold(self._bench, split)
 
         def validate(steps: int) -> None:
-            scores.append(peer.accuracy(model, (split.inputs, split.gold), labels))
+            scores.append(peer.accuracy(model, rows, labels))
             self.course.note(scores[-1])
             trial.report(scores[-1], steps)
             if trial.should_prune():
@@ -110,18 +108,19 @@ class PeerSearch:
 
 def measure(subject: Subject, sizes: Sizes, slots: int) -> dict[str, Any]:
     """Both sweeps: how long each took to the same score, and to its end."""
-    bench = Workbench(shorten(subject.experiment, sizes, slots), backbone=subject.backbone)
-    courses, search_of_peer = {"ours": Course()}, PeerSearch(subject.base, bench)
+    bench = _Noted(shorten(subject.experiment, sizes, slots), backbone=subject.backbone)
+    bench.course = Course()
+    courses, search_of_peer = {"ours": bench.course}, PeerSearch(subject.base, bench)
     courses["peft"] = search_of_peer.course
 
     def take_turn(record: TrialRecord) -> None:
         if record.outcome != "interrupted":
-            with courses["ours"].watch.paused():
+            with bench.course.watch.paused():
                 search_of_peer.run_trial()
             print("  " + "   ".join(f"{side} {course}" for side, course in courses.items()), flush=True)
 
     create_stores()
-    with watched_by(_Watcher(courses["ours"])), courses["ours"].watch.running():
+    with watched_by(Lines(lambda text: None)), bench.course.watch.running():
         Lane(bench, open_sweep(bench.experiment, bench.data, {}), on_end=take_turn).run()
     return {"rungs": bench.experiment.rungs, "rows": sizes.trial_rows, "slots": slots, **_compare(courses)}
 

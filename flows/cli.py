@@ -121,15 +121,15 @@ def evaluate(
 
 @app.command()
 def predict(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to label.")] = None,
-    file: Annotated[Path | None, typer.Option(help="CSV, TSV, JSONL or Parquet file of rows to label.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,
+    file: Annotated[Path | None, typer.Option(help="CSV, TSV, JSONL or Parquet file of rows to answer.")] = None,
     out: Annotated[Path | None, typer.Option(help="CSV file to write; standard output by default.")] = None,
     model: Annotated[str | None, typer.Option(help="Registered model; needed where there are several.")] = None,
     version: Annotated[str, typer.Option(help="Alias or number of the version.")] = "champion",
     prompt: Annotated[Path | None, typer.Option(help="Folder of a saved prompt, instead of a registered one.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Label texts, or the rows of a file, with a prompt of the registry."""
+    """Answer texts, or the rows of a file, with a prompt of the registry: a label for each, or a text."""
     with _one_sentence():
         if bool(texts) == (file is not None):
             raise UserError('give either texts, as in: softprompt predict "a fine film", or --file ROWS.csv')
@@ -269,13 +269,13 @@ def _print_systems(systems: "dict[str, Metrics]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = next(iter(systems.values())).rows
-    table = Table(title=f"accuracy on {rows:,} test rows that the search has not seen", title_justify="left")
-    for name in ("system", "accuracy", "95 % interval", "macro F1", "illegal"):
-        table.add_column(name, justify="left" if name == "system" else "right")
+    first = next(iter(systems.values()))
+    title = f"{first.objective.name} on {first.rows:,} test rows that the search has not seen"
+    table = Table("system", title=title, title_justify="left")
+    for name in first.cells:
+        table.add_column(name, justify="right")
     for name, m in systems.items():
-        illegal = "" if m.illegal is None else f"{m.illegal:.1%}"
-        table.add_row(name, f"{m.accuracy:.1%}", f"{m.low:.1%} to {m.high:.1%}", f"{m.macro_f1:.3f}", illegal)
+        table.add_row(name, *m.cells.values())
     # The names hold texts of the user's, whose [brackets] and :colons: are no markup.
     Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False).print(table)
 

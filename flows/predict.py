@@ -1,4 +1,4 @@
-"""Labels for texts or for the rows of a file, written as CSV, all or nothing."""
+"""Answers for texts or for the rows of a file, written as CSV, all or nothing."""
 
 import csv
 import os
@@ -14,12 +14,12 @@ from softprompt.data import as_text, read_file
 from softprompt.errors import UserError
 from softprompt.home import owns_tracking, require_tracking, tracking_file
 from softprompt.packages import writing_below
-from softprompt.prediction import Predictor
+from softprompt.prediction import Predictor, Writer, open_prompt
 from softprompt.prompt import SoftPrompt
 from softprompt.registry import champions, load_registered
 
 _CHUNK = 512
-"""Rows labelled together; memory does not grow with the file."""
+"""Rows answered together; memory does not grow with the file."""
 
 Row = dict[str, str]
 
@@ -41,7 +41,7 @@ def choose_prompt(folder: Path | None, model: str | None, version: str) -> SoftP
 
 
 def require_place(out: Path | None) -> None:
-    """Before anything is labelled: whether the answers can have their file."""
+    """Before anything is answered: whether the answers can have their file."""
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} is not there; make it first")
     if out is not None and out.is_dir():
@@ -49,8 +49,8 @@ def require_place(out: Path | None) -> None:
 
 
 def predict_texts(prompt: SoftPrompt, texts: list[str], out: Path | None, device: str) -> None:
-    """Label texts; the prompt's template must name a single column."""
-    predictor = Predictor.open(prompt, device=device)
+    """Answer texts; the prompt's template must name a single column."""
+    predictor = open_prompt(prompt, device=device)
     if len(predictor.fields) != 1:
         raise UserError(
             f"this prompt reads the columns {', '.join(predictor.fields)}; give rows with --file instead of texts"
@@ -59,14 +59,14 @@ def predict_texts(prompt: SoftPrompt, texts: list[str], out: Path | None, device
 
 
 def predict_file(prompt: SoftPrompt, file: Path, out: Path | None, device: str) -> None:
-    """Label the rows of a CSV, TSV, JSONL or Parquet file."""
+    """Answer the rows of a CSV, TSV, JSONL or Parquet file."""
     placed = read_file(file)
     fields = Predictor.fields_of(prompt)
     rows = (_pick(row, fields, where) for where, row in placed)
     first = next(rows, None)  # a wrong column is told before the model is loaded
     if first is None:
-        raise UserError(f"{file}: holds no rows to label")
-    predictor = Predictor.open(prompt, device=device)
+        raise UserError(f"{file}: holds no rows to answer")
+    predictor = open_prompt(prompt, device=device)
     _write(predictor, _chain(first, rows), out)
 
 
@@ -82,15 +82,13 @@ def _chain(first: Row, rest: Iterable[Row]) -> Iterator[Row]:
     yield from rest
 
 
-def _write(predictor: Predictor, rows: Iterator[Row], out: Path | None) -> None:
+def _write(predictor: Predictor | Writer, rows: Iterator[Row], out: Path | None) -> None:
     with _output(out) as stream:
-        names = list(predictor.prompt.words)
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*predictor.fields, "label", *(f"p({name})" for name in names)])
+        writer.writerow([*predictor.fields, *predictor.columns])
         while chunk := list(islice(rows, _CHUNK)):
-            for row, answer in zip(chunk, predictor.predict(chunk), strict=True):
-                shares = [f"{answer.probabilities[name]:.4f}" for name in names]
-                writer.writerow([*(row[field] for field in predictor.fields), answer.label, *shares])
+            for row, cells in zip(chunk, predictor.cells(chunk), strict=True):
+                writer.writerow([*(row[field] for field in predictor.fields), *cells])
 
 
 @contextmanager

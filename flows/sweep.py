@@ -47,7 +47,7 @@ def sweep(experiment: ExperimentSpec) -> SweepResult:
     data = prepare_data(experiment)
     study = open_study(experiment, data)
     trials = tune_prompts(experiment, data, study)
-    show_trials(trials)
+    show_trials(experiment, trials)
     baselines = evaluate_baselines(experiment, data)
     evaluation = evaluate_prompts(experiment, data, study, baselines)
     decision = register_prompt(experiment, study, evaluation)

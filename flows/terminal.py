@@ -46,7 +46,7 @@ class _Bars:
     def step(self, trial: TrialProgress, search: SearchProgress) -> None:
         if trial.title not in self._trials:
             self._trials[trial.title] = self._progress.add_task(f"  {trial.title}", total=trial.steps, note="")
-        best = "" if trial.score is None else f"best {trial.score:.1%}, "
+        best = "" if trial.score is None else f"best {trial.score}, "
         note = f"rung {trial.rung}/{trial.rungs}, {best}loss {trial.loss:.3f}"
         self._progress.update(self._trials[trial.title], completed=trial.step, note=note)
         self._show_search(search)
@@ -60,7 +60,7 @@ class _Bars:
     def _show_search(self, search: SearchProgress) -> None:
         if self._search is None:
             self._search = self._progress.add_task("search", total=search.trials, note="")
-        best = "" if search.best is None else f"best {search.best:.1%}, "
+        best = "" if search.best is None else f"best {search.best}, "
         self._progress.update(self._search, completed=search.ended, note=best + time_left(search.seconds_left))
 
 

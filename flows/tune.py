@@ -28,7 +28,7 @@ def tune(experiment: ExperimentSpec) -> Evaluation:
     single = experiment.with_one_trial()
     data = prepare_data(single)
     study = open_study(single, data)
-    show_trials(tune_prompts(single, data, study))
+    show_trials(single, tune_prompts(single, data, study))
     baselines = evaluate_baselines(single, data)
     evaluation = evaluate_prompts(single, data, study, baselines)
     close_study(single, study)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from softprompt.comparison import measure_prompt as measure_prompt
     from softprompt.errors import UserError as UserError
     from softprompt.prediction import Predictor as Predictor
+    from softprompt.prediction import Writer as Writer
     from softprompt.prompt import SoftPrompt as SoftPrompt
     from softprompt.spec import load_experiment as load_experiment
     from softprompt.tuning import tune as tune
@@ -22,6 +23,7 @@ _HOMES = {
     "SoftPrompt": "prompt",
     "UserError": "errors",
     "Workbench": "workbench",
+    "Writer": "prediction",
     "load_experiment": "spec",
     "measure_prompt": "comparison",
     "tune": "tuning",

@@ -10,10 +10,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from softprompt.data import encode_labels
 from softprompt.errors import UserError
-from softprompt.evaluation import Metrics, measure, measure_scores
-from softprompt.inference import Classifier
+from softprompt.evaluation import LabelMetrics, Metrics, measure
 from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt
 from softprompt.workbench import Workbench
@@ -27,10 +25,12 @@ OTHER_SPLITS = "other splits: may have seen test rows"
 
 
 def measure_baselines(bench: Workbench) -> dict[str, Metrics]:
-    """The systems without a soft prompt, on the test split."""
+    """The systems without a soft prompt, on the test split; free text is for the frozen model alone."""
+    systems: dict[str, Metrics] = {}
+    if bench.labels:
+        systems = {MAJORITY: _measure_majority(bench), TFIDF: _measure_tfidf(bench)}
     return {
-        MAJORITY: _measure_majority(bench),
-        TFIDF: _measure_tfidf(bench),
+        **systems,
         NO_PROMPT: _measure_text(bench),
         INSTRUCTION: _measure_text(bench, bench.experiment.evaluation.instruction),
     }
@@ -39,25 +39,18 @@ def measure_baselines(bench: Workbench) -> dict[str, Metrics]:
 def measure_prompt(bench: Workbench, prompt: SoftPrompt) -> Metrics:
     """A soft prompt on the test split, with its own template, words and limit of tokens.
 
-    Raises UserError where it belongs to another base model, to other labels or to other columns.
+    Raises UserError where it belongs to another base model, to other targets or to other columns.
     """
     prompt.require(bench.backbone)
-    if set(prompt.words) != set(bench.labels):
-        raise UserError(
-            f"the prompt answers with the labels {', '.join(prompt.words)}, the experiment asks for "
-            f"{', '.join(bench.labels)}; evaluate it on an experiment with its own labels"
-        )
+    target = bench.target.asked_of(prompt)
     missing = set(Predictor.fields_of(prompt)) - set(bench.experiment.fields)
     if missing:
         raise UserError(
             f"the prompt reads the column {min(missing)!r}, which the experiment's template does not name; "
             "evaluate it on an experiment with its own columns"
         )
-    backbone = bench.backbone.placed(prompt.position)
-    tokens = encode_labels(prompt.words, backbone.tokenizer, apart=backbone.is_encoder_decoder)
     split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens, position=prompt.position)
-    classifier = Classifier(backbone, prompt.vectors, [tokens[label] for label in bench.labels])
-    return measure_scores(split.gold, classifier.score(split.inputs))
+    return target.measure(prompt.vectors, split.inputs, split.answers)
 
 
 def may_have_seen_test(bench: Workbench, prompt: SoftPrompt) -> bool:
@@ -73,20 +66,20 @@ def may_have_seen_test(bench: Workbench, prompt: SoftPrompt) -> bool:
     return not same_order or bound > (own.get("dataset", {}).get("test_bound") or "")
 
 
-def _measure_majority(bench: Workbench) -> Metrics:
-    train, test = bench.split("train"), bench.split("test")
-    majority = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train.gold), 1)), train.gold)
-    return measure(test.gold, majority.predict(np.zeros((len(test.gold), 1))))
+def _measure_majority(bench: Workbench) -> LabelMetrics:
+    train, test = bench.split("train").answers, bench.split("test").answers
+    majority = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), train)
+    return measure(test, majority.predict(np.zeros((len(test), 1))))
 
 
-def _measure_tfidf(bench: Workbench) -> Metrics:
+def _measure_tfidf(bench: Workbench) -> LabelMetrics:
     texts = _texts(bench, "train")
     words = TfidfVectorizer()
     if not any(map(words.build_analyzer(), texts)):  # no word of two letters: each sign is a word then
         words = TfidfVectorizer(token_pattern=r"\S")
     classifier = make_pipeline(words, LogisticRegression(max_iter=1000))
-    classifier.fit(texts, bench.split("train").gold)
-    return measure(bench.split("test").gold, classifier.predict(_texts(bench, "test")))
+    classifier.fit(texts, bench.split("train").answers)
+    return measure(bench.split("test").answers, classifier.predict(_texts(bench, "test")))
 
 
 def _texts(bench: Workbench, split: str) -> list[str]:
@@ -101,7 +94,7 @@ def _measure_text(bench: Workbench, instruction: str = "") -> Metrics:
     limit += len(bench.backbone.tokenizer.encode(instruction, add_special_tokens=False))
     positions = getattr(bench.backbone.model.config, "max_position_embeddings", None)
     if positions:
-        limit = min(limit, positions - max(map(len, bench.labels.values())))
+        limit = min(limit, positions - bench.target.longest)
     split = bench.split("test", template=template, max_tokens=limit)
     nothing = torch.zeros(0, bench.backbone.hidden_size)
-    return measure_scores(split.gold, bench.score(nothing, split.inputs))
+    return bench.measure(nothing, split)

@@ -1,6 +1,8 @@
 """Metrics of predictions, with intervals; which predictions to make, and what follows, is decided elsewhere."""
 
+import math
 from collections.abc import Sequence
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,12 +11,15 @@ from scipy.stats import binomtest
 from sklearn.metrics import f1_score, log_loss
 
 from softprompt.inference import Scores
+from softprompt.objective import ACCURACY, TOKEN_LOSS, Objective
 
 
-class Metrics(BaseModel):
+class LabelMetrics(BaseModel):
     """How well N rows were classified."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    objective: ClassVar[Objective] = ACCURACY
 
     rows: int
     """N."""
@@ -33,12 +38,77 @@ class Metrics(BaseModel):
     correct: list[bool]
     """Per row, in the order of the split, whether it was right: what a paired test needs."""
 
+    @property
+    def score(self) -> float:
+        """What the objective ranks by."""
+        return self.accuracy
 
-def measure(gold: Sequence[int], predicted: Sequence[int] | NDArray[np.int64]) -> Metrics:
-    """Metrics of N predicted label indices against the right ones."""
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The metrics by the names that they have in columns, the score first."""
+        return {"accuracy": self.accuracy, "loss": self.log_loss, "macro_f1": self.macro_f1, "illegal": self.illegal}
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """A row of a table for a person, by column."""
+        return {
+            "accuracy": f"{self.accuracy:.1%}",
+            "95 % interval": f"{self.low:.1%} to {self.high:.1%}",
+            "macro F1": f"{self.macro_f1:.3f}",
+            "illegal": "" if self.illegal is None else f"{self.illegal:.1%}",
+        }
+
+
+class TextMetrics(BaseModel):
+    """How well N texts were foretold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    objective: ClassVar[Objective] = TOKEN_LOSS
+
+    rows: int
+    """N."""
+    tokens: int
+    """Target tokens of all rows, ends included."""
+    log_loss: float
+    """Mean negative log-probability of a target token, in nats: a row counts by its tokens."""
+    low: float
+    """Lower end of the 95 % interval of the log loss, rows being what is drawn."""
+    high: float
+    """Upper end of it."""
+    exact_match: float
+    """Share of rows whose target is, to its end, what greedy decoding gives."""
+    correct: list[bool]
+    """Per row, in the order of the split, whether it is such a one."""
+
+    @property
+    def score(self) -> float:
+        """What the objective ranks by."""
+        return self.log_loss
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The metrics by the names that they have in columns, the score first."""
+        return {"loss_per_token": self.log_loss, "exact_match": self.exact_match}
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """A row of a table for a person, by column."""
+        return {
+            "loss per token": f"{self.log_loss:.4f}",
+            "95 % interval": f"{self.low:.4f} to {self.high:.4f}",
+            "exact match": f"{self.exact_match:.1%}",
+        }
+
+
+Metrics: TypeAlias = LabelMetrics | TextMetrics
+
+
+def measure(gold: Sequence[object], predicted: Sequence[object] | NDArray[np.generic]) -> LabelMetrics:
+    """Metrics of N predicted labels against the right ones, given alike: as names or as indices."""
     right = np.asarray(gold) == np.asarray(predicted)
     interval = binomtest(int(right.sum()), len(right)).proportion_ci(0.95, method="wilson")
-    return Metrics(
+    return LabelMetrics(
         rows=len(right),
         accuracy=float(right.mean()),
         low=float(interval.low),
@@ -48,7 +118,7 @@ def measure(gold: Sequence[int], predicted: Sequence[int] | NDArray[np.int64]) -
     )
 
 
-def measure_scores(gold: Sequence[int], scores: Scores) -> Metrics:
+def measure_scores(gold: Sequence[int], scores: Scores) -> LabelMetrics:
     """Metrics of N scored inputs against the right label indices."""
     labels = list(range(scores.log_probabilities.shape[1]))
     return measure(gold, scores.predicted).model_copy(
@@ -59,11 +129,34 @@ def measure_scores(gold: Sequence[int], scores: Scores) -> Metrics:
     )
 
 
+def measure_targets(
+    log_probabilities: NDArray[np.float64], lengths: Sequence[int], exact: NDArray[np.bool_]
+) -> TextMetrics:
+    """Metrics of N targets: the log-probability of each, its tokens, and whether greedy decoding gives it.
+
+    The loss is a ratio of two sums over rows, and its interval that of a ratio estimator (Cochran, Sampling Techniques,
+    third edition, section 2.11).
+    """
+    tokens, rows = np.asarray(lengths), len(lengths)
+    loss = float(-log_probabilities.sum() / tokens.sum())
+    spread = math.sqrt(rows / max(1, rows - 1) * ((log_probabilities + loss * tokens) ** 2).sum())
+    half = 1.959964 * spread / float(tokens.sum())
+    return TextMetrics(
+        rows=rows,
+        tokens=int(tokens.sum()),
+        log_loss=loss,
+        low=max(0.0, loss - half),
+        high=loss + half,
+        exact_match=float(exact.mean()),
+        correct=exact.tolist(),
+    )
+
+
 def describe_table(systems: dict[str, Metrics]) -> str:
     """The systems as a Markdown table, in their order; a name may hold the table's own sign."""
-    lines = ["| system | accuracy | 95 % interval | macro F1 | illegal |", "|---|---|---|---|---|"]
+    columns = list(next(iter(systems.values())).cells)
+    lines = [f"| system | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name, m in systems.items():
-        illegal = "" if m.illegal is None else f"{m.illegal:.1%}"
         name = name.replace("|", r"\|")
-        lines.append(f"| {name} | {m.accuracy:.1%} | {m.low:.1%} to {m.high:.1%} | {m.macro_f1:.3f} | {illegal} |")
+        lines.append(f"| {name} | {' | '.join(m.cells.values())} |")
     return "\n".join(lines)

@@ -98,6 +98,7 @@ class Generator:
     @torch.inference_mode()
     def _keep(self) -> PrefixStates | None:
         """The states of the prompts, where rows after them are exact."""
+        self._backbone.composition  # refuses a model that cannot go on from what it has read  # noqa: B018
         if self._backbone.native.attend is not shared_prefix.attend:
             return None
         return shared_prefix.keep(self._backbone.model, self._prompts)

@@ -20,19 +20,11 @@ from pydantic import BaseModel, ConfigDict
 from softprompt import search
 from softprompt.data import PreparedData
 from softprompt.home import state_home, study_storage
+from softprompt.objective import Objective
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec
-from softprompt.tracking import (
-    BEST_VAL_ACCURACY,
-    PROMPT,
-    SECONDS,
-    VAL_ACCURACY,
-    VAL_ILLEGAL,
-    VAL_LOSS,
-    Outcome,
-    Tracker,
-)
+from softprompt.tracking import BEST_VAL, PROMPT, SECONDS, Outcome, Tracker
 from softprompt.training import step
 from softprompt.tuning import Tuning
 from softprompt.workbench import Workbench
@@ -61,7 +53,7 @@ class TrialRecord(BaseModel):
     outcome: Outcome
     reason: str
     score: float | None
-    """Best validation accuracy."""
+    """Best score on the validation split, as the experiment's objective has it."""
     steps: int
     seconds: float
     run_id: str
@@ -98,6 +90,7 @@ class Lane:
     ) -> None:
         self._bench = bench
         self._experiment = bench.experiment
+        self._objective = bench.experiment.labels.objective
         self._sweep = sweep
         self._tracker = Tracker(bench.experiment)
         self._study = search.load_study(sweep.name, study_storage(), bench.experiment)
@@ -192,10 +185,9 @@ class Lane:
         except FloatingPointError as error:
             self._end(running, "failed", str(error))
             return
-        running.trial.report(metrics.accuracy, at)
-        values = {VAL_ACCURACY: metrics.accuracy, VAL_LOSS: metrics.log_loss, VAL_ILLEGAL: metrics.illegal}
+        running.trial.report(metrics.score, at)
         # Before the losses: MLflow's comparison page opens with the metric that was logged first.
-        self._tracker.log_metrics(running.run_id, {k: v for k, v in values.items() if v is not None}, step=at)
+        self._tracker.log_validation(running.run_id, metrics, step=at)
         self._log_losses(running)
         watcher().step(tuning.progress(), self._progress())
         if tuning.slot.finished:
@@ -203,7 +195,9 @@ class Lane:
         elif self._overdue:
             self._end(running, "finished", f"budget.minutes was spent at step {at}")
         elif running.trial.should_prune():
-            self._end(running, "pruned", f"{metrics.accuracy:.1%} at step {at} is too far behind other trials")
+            self._end(
+                running, "pruned", f"{self._objective.show(metrics.score)} at step {at} is too far behind other trials"
+            )
 
     def _end(self, running: _Running, outcome: Outcome, reason: str = "") -> None:
         """The one place where a trial ends: artifact, run, study, slot, in this order."""
@@ -221,12 +215,12 @@ class Lane:
             title=tuning.title,
             outcome=outcome,
             reason=reason,
-            score=tuning.best.metrics.accuracy if tuning.best else None,
+            score=tuning.best.metrics.score if tuning.best else None,
             steps=tuning.slot.steps_done,
             seconds=round(tuning.seconds, 1),
             run_id=running.run_id,
         )
-        watcher().end(tuning.title, describe_end(record), self._progress())
+        watcher().end(tuning.title, describe_end(record, self._objective), self._progress())
         self._on_end(record)
 
     def _log_losses(self, running: _Running) -> None:
@@ -238,7 +232,7 @@ class Lane:
     def _store_prompt(self, running: _Running) -> None:
         best = running.tuning.best
         assert best is not None
-        scores = {BEST_VAL_ACCURACY: best.metrics.accuracy, SECONDS: running.tuning.seconds}
+        scores = {f"{BEST_VAL}{self._objective.key}": best.metrics.score, SECONDS: running.tuning.seconds}
         self._tracker.log_metrics(running.run_id, scores, step=running.tuning.slot.steps_done)
         with tempfile.TemporaryDirectory(dir=state_home()) as folder:
             made = running.tuning.prompt().save(Path(folder) / PROMPT)
@@ -251,7 +245,7 @@ class Lane:
         if reason:
             running.trial.set_user_attr(search.REASON, reason)
         if outcome == "finished" and best is not None:
-            self._study.tell(running.trial, best.metrics.accuracy)
+            self._study.tell(running.trial, best.metrics.score)
         else:
             state = TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL
             self._study.tell(running.trial, state=state)
@@ -259,11 +253,12 @@ class Lane:
     def _progress(self) -> SearchProgress:
         ended = [t for t in self._trials if t.state.is_finished()]
         scores = [t.value for t in ended if t.state == TrialState.COMPLETE and t.value is not None]
-        scores += [r.tuning.best.metrics.accuracy for r in self._running if r.tuning.best]
+        scores += [r.tuning.best.metrics.score for r in self._running if r.tuning.best]
+        best = max(scores, key=self._objective.gain, default=None)
         return SearchProgress(
             ended=len(ended),
             trials=self._experiment.budget.trials,
-            best=max(scores, default=None),
+            best=None if best is None else self._objective.tell(best),
             seconds_left=self._seconds_left(len(self._trials)),
         )
 
@@ -282,8 +277,8 @@ class Lane:
         return min(known, default=None)
 
 
-def describe_end(record: TrialRecord) -> str:
+def describe_end(record: TrialRecord, objective: Objective) -> str:
     """The end of a trial in words, as `finished with 87.2 %`."""
-    score = "" if record.score is None else f" with {record.score:.1%}"
+    score = "" if record.score is None else f" with {objective.show(record.score)}"
     why = f" ({record.reason})" if record.reason else ""
     return f"{record.outcome}{score}{why}"

@@ -11,7 +11,7 @@ from softprompt.passes import Work
 from softprompt.quantization import count_parameters
 from softprompt.sizing import choose_slots, estimate_memory
 from softprompt.spec import Choices, ExperimentSpec, FloatRange, StartPoint
-from softprompt.workbench import Workbench
+from softprompt.workbench import Split, Workbench
 
 
 def plan(bench: Workbench) -> dict[str, str]:
@@ -38,7 +38,9 @@ def plan_evaluation(bench: Workbench) -> dict[str, str]:
 
 def _describe_materials(bench: Workbench) -> dict[str, str]:
     experiment, data, backbone = bench.experiment, bench.data, bench.backbone
-    cut = sum(bench.split(name).cut for name in data.sizes)
+    cut = f"{sum(bench.split(name).cut for name in data.sizes)} inputs"
+    if not bench.labels:
+        cut += f" and {bench.targets_cut} texts"
     parameters = count_parameters(backbone.model)
     return {
         "experiment": f"{experiment.name}, fingerprint {experiment.fingerprint[:12]}, seed {experiment.seed}",
@@ -46,7 +48,7 @@ def _describe_materials(bench: Workbench) -> dict[str, str]:
         f"weights sha256 {backbone.weights_sha256[:12]}",
         "composition": f"{backbone.composition.name} (deviation {backbone.deviation(backbone.composition):.2g})",
         "data": ", ".join(f"{rows:,} {name}" for name, rows in data.sizes.items())
-        + f" rows, digest {data.digest[:12]}, {cut} inputs cut",
+        + f" rows, digest {data.digest[:12]}, {cut} cut",
     }
 
 
@@ -136,6 +138,8 @@ def _time_step(bench: Workbench, slots: int) -> float:
 
 def _seconds_per_token(bench: Workbench) -> float:
     """Seconds of scoring for each token of input, from one batch of middling rows after the longest prompt."""
-    inputs = sorted(bench.split("validation").inputs, key=len)
-    part = inputs[max(0, len(inputs) // 2 - 32) :][:64]
-    return time_run(lambda: bench.score(bench.longest_prompt, part), bench.backbone.device) / sum(map(len, part))
+    split = bench.split("validation")
+    rows = sorted(zip(split.inputs, split.answers, strict=True), key=lambda row: len(row[0]))
+    inputs, answers = map(list, zip(*rows[max(0, len(rows) // 2 - 32) :][:64], strict=True))
+    part = Split(inputs, answers, cut=0)
+    return time_run(lambda: bench.measure(bench.longest_prompt, part), bench.backbone.device) / sum(map(len, inputs))

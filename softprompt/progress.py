@@ -22,8 +22,8 @@ class TrialProgress:
     rung: int
     """Validations done."""
     rungs: int
-    score: float | None
-    """Best validation accuracy so far."""
+    score: str | None
+    """Best score on the validation split so far, in words, as `accuracy 87.2%`."""
     loss: float
     """Training loss of the last step, in nats per target token."""
 
@@ -36,8 +36,8 @@ class SearchProgress:
     """Trials that finished, failed or were pruned."""
     trials: int | None
     """Trials of the budget."""
-    best: float | None
-    """Best validation accuracy of all trials so far."""
+    best: str | None
+    """Best score on the validation split of all trials so far, in words."""
     seconds_left: float | None
     """Estimate of the time left."""
 
@@ -73,7 +73,7 @@ class Lines:
             return
         self._rungs[trial.title] = trial.rung
         rung = f"rung {trial.rung} of {trial.rungs}, step {trial.step} of {trial.steps}, loss {trial.loss:.3f}"
-        score = f"best validation accuracy {trial.score:.1%}"
+        score = f"best validation {trial.score}"
         self._say(f"{trial.title}: {rung}, {score}, {time_left(search.seconds_left)}")
 
     def end(self, title: str, outcome: str, search: SearchProgress) -> None:

@@ -35,6 +35,8 @@ _FIELDS: dict[str, type] = {
     "vectors_sha256": str,
     "template": str,
     "words": dict,
+    "before": str,
+    "max_new_tokens": int,
     "max_tokens": int,
     "position": str,
     "encoder_decoder": bool,
@@ -59,7 +61,11 @@ class SoftPrompt:
     template: str
     """The input as text, with `{column}` where a column of the row stands."""
     words: dict[str, str]
-    """For each label the text that the model continues with."""
+    """For each label the text that the model continues with; none where it answers with a free text."""
+    before: str = ""
+    """What stands before a free text: it is no part of the answer."""
+    max_new_tokens: int = 0
+    """Most tokens of a free text; 0 where the answer is a label."""
     max_tokens: int
     """Longest input in tokens; longer ones have their longest field cut."""
     position: str = "start"
@@ -106,10 +112,11 @@ class SoftPrompt:
                 f"{backbone.hidden_size}; fetch the prompt again"
             )
         positions = getattr(backbone.model.config, "max_position_embeddings", None)
-        if positions and self.length + self.max_tokens > positions:
+        if positions and self.length + self.max_tokens + self.max_new_tokens > positions:
+            more = f", max_new_tokens={self.max_new_tokens}" if self.max_new_tokens else ""
             raise UserError(
-                f"the prompt's {self.length} vectors and max_tokens={self.max_tokens} exceed the model's {positions} "
-                "positions; fetch the prompt again"
+                f"the prompt's {self.length} vectors and max_tokens={self.max_tokens}{more} exceed the model's "
+                f"{positions} positions; fetch the prompt again"
             )
 
     def _require_layers(self, backbone: Backbone) -> None:
@@ -249,8 +256,9 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
         _require(type(manifest[key]) is kind, folder, key, f"be {kind.__name__}", manifest[key])
     _check_shape(manifest["method"], manifest["shape"], folder)
     _require(manifest["max_tokens"] > 0, folder, "max_tokens", "be positive", manifest["max_tokens"])
-    words = manifest["words"]
-    _require(words and all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
+    words, most = manifest["words"], manifest["max_new_tokens"]
+    _require(all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
+    _require(most == 0 if words else most > 0, folder, "max_new_tokens", "be 0 beside words, else positive", most)
     for key, choices in _CHOICES.items():
         _require(manifest[key] in choices, folder, key, f"be one of {', '.join(choices)}", manifest[key])
     try:

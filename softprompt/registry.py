@@ -20,7 +20,7 @@ from softprompt.errors import UserError
 from softprompt.evaluation import Metrics
 from softprompt.home import tracking_uri, without_secrets
 from softprompt.prompt import SoftPrompt
-from softprompt.tracking import DECISION, REASON, TEST_ACCURACY
+from softprompt.tracking import DECISION, REASON, TEST
 
 CHAMPION = "champion"
 
@@ -88,16 +88,17 @@ def register(name: str, run_id: str, prompt_folder: Path, metrics: Metrics) -> i
     found = MlflowClient(tracking_uri()).search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if found:
         return int(found[0].version)
+    code = "serving.py" if SoftPrompt.load(prompt_folder).words else "serving_text.py"
     # MLflow prints what it does to the error output, and has no switch for it.
     with redirect_stderr(StringIO()), _fluent(), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name=name,
-            python_model=str(Path(__file__).with_name("serving.py")),
+            python_model=str(Path(__file__).with_name(code)),
             artifacts={"prompt": str(prompt_folder)},
             pip_requirements=[f"{n}=={installed(n)}" for n in ("softprompt", "mlflow")],
             registered_model_name=name,
         )
-        mlflow.log_metrics({TEST_ACCURACY: metrics.accuracy}, model_id=logged.model_id)
+        mlflow.log_metrics({f"{TEST}{metrics.objective.key}": metrics.score}, model_id=logged.model_id)
     return int(logged.registered_model_version)
 
 
@@ -141,7 +142,7 @@ def decide(
     if holder is None:
         alone = len(client.search_model_versions(f"name = '{name}'")) == 1
         why = "the first version" if alone else "there is no champion at present"
-        promoted, reason = True, f"{why}, with {challenger.accuracy:.1%} on {challenger.rows} test rows"
+        promoted, reason = True, f"{why}, with {_told(challenger)}"
     elif holder != measured:
         instead = "none" if measured is None else f"v{measured}"
         promoted, reason = False, f"the champion changed meanwhile (v{holder} instead of {instead})"
@@ -160,8 +161,13 @@ def decide(
 
 def _compare(challenger: Metrics, champion: Metrics, holder: int) -> tuple[bool, str]:
     """Whether the challenger is better than the champion, and that in words."""
-    better = sum(challenger.correct) > sum(champion.correct)
+    objective = challenger.objective
+    better = objective.gain(challenger.score) > objective.gain(champion.score)
     return better, (
-        f"{challenger.accuracy:.1%} on {challenger.rows} test rows is {'better' if better else 'not better'} than "
-        f"champion v{holder} with {champion.accuracy:.1%}"
+        f"{_told(challenger)} is {'better' if better else 'not better'} than "
+        f"champion v{holder} with {objective.show(champion.score)}"
     )
+
+
+def _told(metrics: Metrics) -> str:
+    return f"{metrics.objective.show(metrics.score)} on {metrics.rows} test rows"

@@ -14,6 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from softprompt.errors import UserError
@@ -40,7 +41,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def create_study(name: str, storage: str | BaseStorage, experiment: ExperimentSpec) -> None:
     """Make the study, with the experiment's starting points first in line."""
-    study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+    study = optuna.create_study(study_name=name, storage=storage, direction=experiment.labels.objective.direction)
     study.set_user_attr("experiment", experiment.name)
     study.set_user_attr("fingerprint", experiment.fingerprint)
     for point in experiment.search.start:
@@ -168,11 +169,12 @@ def fail_running(name: str, storage: str | BaseStorage) -> None:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial:
-    """The finished trial of the highest score; of equal ones that of the lowest validation loss, then the earliest.
+    """The finished trial of the best score; of equal ones that of the lowest validation loss, then the earliest.
 
     Raises UserError where no trial finished.
     """
     finished = [t for t in counted(study) if t.state == TrialState.COMPLETE]
     if not finished:
         raise UserError(f"no trial of {study.study_name} finished; look at the reasons of the failed ones")
-    return min(finished, key=lambda t: (-(t.value or 0.0), t.user_attrs[VAL_LOSS], t.number))
+    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    return min(finished, key=lambda t: (sign * (t.value or 0.0), t.user_attrs[VAL_LOSS], t.number))

@@ -1,4 +1,4 @@
-"""The MLflow model as code: `mlflow models serve` runs this file, which loads the prompt that lies beside it.
+"""The MLflow model as code, for labels: `mlflow models serve` runs it, and it loads the prompt that lies beside it.
 
 The base model is not in the registry; it is had again by the reference in the prompt, and its hash is verified.
 """

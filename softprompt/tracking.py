@@ -46,12 +46,9 @@ PROMPT = "prompt"
 """Artifact folder of a trial's prompt."""
 
 TRAIN_LOSS = "train_loss"
-VAL_ACCURACY = "val_accuracy"
-VAL_LOSS = "val_loss"
-VAL_ILLEGAL = "val_illegal"
-BEST_VAL_ACCURACY = "best_val_accuracy"
+VAL, BEST_VAL, TEST = "val_", "best_val_", "test_"
+"""What stands before the name of a metric, as in `best_val_accuracy`."""
 SECONDS = "seconds"
-TEST_ACCURACY = "test_accuracy"
 
 Outcome = Literal["finished", "pruned", "failed", "interrupted"]
 _STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -98,6 +95,10 @@ class Tracker:
         """Log one value of each metric."""
         self._client.log_batch(run_id, metrics=_metrics(metrics, step))
 
+    def log_validation(self, run_id: str, metrics: Metrics, *, step: int) -> None:
+        """Record a prompt's metrics on the validation split."""
+        self.log_metrics(run_id, _named(VAL, metrics), step=step)
+
     def log_losses(self, run_id: str, losses: list[float], *, first_step: int) -> None:
         """Log the training losses of consecutive steps."""
         now = _now()
@@ -112,7 +113,9 @@ class Tracker:
     def log_evaluation(self, run_id: str, systems: Mapping[str, Metrics]) -> None:
         """Record the systems on the test split, the one in question last: metrics, a table and a figure."""
         self.log_metrics(run_id, _test_metrics(list(systems.values())[-1]))
-        rows = [{"system": name, **m.model_dump(exclude={"correct"})} for name, m in systems.items()]
+        rows = [
+            {"system": name, "rows": m.rows, **m.numbers, "low": m.low, "high": m.high} for name, m in systems.items()
+        ]
         # As MLflow's own log_table writes it, which would append to the table of an earlier try.
         table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
         self._client.log_dict(run_id, table, "evaluation.json")
@@ -214,13 +217,12 @@ def _dataset_input(data: PreparedData, split: str) -> DatasetInput:
 
 
 def _test_metrics(metrics: Metrics) -> dict[str, float]:
-    values = {
-        TEST_ACCURACY: metrics.accuracy,
-        "test_accuracy_low": metrics.low,
-        "test_accuracy_high": metrics.high,
-        "test_macro_f1": metrics.macro_f1,
-    }
-    return values if metrics.illegal is None else {**values, "test_illegal": metrics.illegal}
+    score = f"{TEST}{metrics.objective.key}"
+    return _named(TEST, metrics) | {f"{score}_low": metrics.low, f"{score}_high": metrics.high}
+
+
+def _named(split: str, metrics: Metrics) -> dict[str, float]:
+    return {f"{split}{name}": value for name, value in metrics.numbers.items() if value is not None}
 
 
 def _params(values: Mapping[str, Any]) -> list[Param]:

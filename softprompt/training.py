@@ -5,8 +5,7 @@ one step of all the slots that it is given, in as few forward and backward passe
 result depends neither on its neighbours nor on K nor on how a step is cut, to rounding. A slot's whole state follows
 from its settings, its data and the number of its steps.
 
-The loss of a slot is a mean over terms. What a prompt is worth, and when to stop it, is decided
-elsewhere.
+The loss of a slot is a mean over terms. What a prompt is worth, and when to stop it, is decided elsewhere.
 """
 
 import math
@@ -109,7 +108,7 @@ class Slot:
         self.steps_done = 0
         self._cap_norms()
         self._examples = examples
-        self._order = BatchOrder([len(e.inputs) for e in examples], settings.batch_size, settings.seed)
+        self._order = BatchOrder([len(e.inputs) + len(e.target) for e in examples], settings.batch_size, settings.seed)
         self._optimizer = torch.optim.AdamW(
             self.parameterization.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from softprompt.evaluation import Metrics, measure_scores
+from softprompt.evaluation import Metrics
 from softprompt.progress import TrialProgress
 from softprompt.prompt import SoftPrompt
 from softprompt.training import step
@@ -23,7 +22,7 @@ from softprompt.workbench import Workbench
 
 @dataclass(frozen=True)
 class Best:
-    """The best prompt of a trial so far, by validation accuracy, then validation loss."""
+    """The best prompt of a trial so far, by its score on the validation split, then by the loss there."""
 
     vectors: Tensor
     metrics: Metrics
@@ -32,7 +31,7 @@ class Best:
     @property
     def rank(self) -> tuple[float, float]:
         """What the best is the greatest by."""
-        return self.metrics.accuracy, -(self.metrics.log_loss or 0.0)
+        return self.metrics.objective.gain(self.metrics.score), -(self.metrics.log_loss or 0.0)
 
 
 class Tuning:
@@ -77,11 +76,10 @@ class Tuning:
 
         Raises FloatingPointError where the scores are no numbers: the last update may overflow after a finite loss.
         """
-        split = self._bench.split("validation")
-        scores = self._bench.score(self.slot.prompt, split.inputs)
-        if np.isnan(scores.log_probabilities).any():
-            raise FloatingPointError(f"the scores are nan after step {len(self.losses)}; try a lower learning rate")
-        metrics = measure_scores(split.gold, scores)
+        try:
+            metrics = self._bench.measure(self.slot.prompt, self._bench.split("validation"))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} after step {len(self.losses)}; try a lower learning rate") from None
         now = Best(self.slot.prompt.detach().cpu().clone(), metrics, self.slot.steps_done)
         if self.best is None or now.rank > self.best.rank:
             self.best = now
@@ -97,7 +95,7 @@ class Tuning:
             steps=self.slot.settings.steps,
             rung=self.rungs_passed,
             rungs=len(self._rungs),
-            score=self.best.metrics.accuracy if self.best else None,
+            score=self.best.metrics.objective.tell(self.best.metrics.score) if self.best else None,
             loss=self.losses[-1],
         )
 
@@ -109,7 +107,7 @@ class Tuning:
         return SoftPrompt(
             vectors=self.best.vectors,
             template=experiment.template,
-            words=dict(experiment.labels.words),
+            **self._bench.target.settings,
             max_tokens=experiment.training.max_tokens,
             position=experiment.prompt_position,
             encoder_decoder=backbone.is_encoder_decoder,

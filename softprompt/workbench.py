@@ -18,13 +18,14 @@ from softprompt.composition import Example
 from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare, render
 from softprompt.dropout import has_dropout
 from softprompt.errors import UserError
+from softprompt.evaluation import Metrics
 from softprompt.home import cache_home
-from softprompt.inference import Classifier, Scores
 from softprompt.initialization import STRATEGIES
 from softprompt.loading import load_backbone
 from softprompt.loss import Loss, OverLabels, OverVocabulary
 from softprompt.passes import Passes
 from softprompt.spec import ExperimentSpec, Method, ResidualReparameterization
+from softprompt.target import open_target
 from softprompt.training import Settings, Slot
 
 
@@ -34,8 +35,8 @@ class Split:
 
     inputs: list[tuple[int, ...]]
     """Token ids of each input."""
-    gold: list[int]
-    """Index of each row's label among the experiment's."""
+    answers: list[str]
+    """What is to be said to each: its label, or its text."""
     cut: int
     """Inputs that were longer than `training.max_tokens` and had a field cut."""
 
@@ -58,13 +59,17 @@ class Workbench:
         self.labels = encode_labels(
             experiment.labels.words, self.backbone.tokenizer, apart=self.backbone.is_encoder_decoder
         )
+        """The tokens of each label; free text has none."""
+        self.target = open_target(experiment.labels, self.backbone)
         self._splits: dict[tuple[str, str, int, str], Split] = {}
         if "prefix_tuning" in experiment.search.methods:
             self.backbone.require_prefixes()
         self._check_positions()
         self._check_dropout()
-        for name in SPLITS:  # a mistake in template or rows is told before there is a study or a run
-            self.split(name)
+        # A mistake in template or rows is told before there is a study or a run.
+        self._targets = {name: self.target.encode(self.split(name).answers) for name in SPLITS}
+        self.targets_cut = sum(cut for _, cut in self._targets.values())
+        """Texts that were longer than `labels.max_new_tokens` and lost their end."""
 
     def split(
         self, name: str, *, template: str | None = None, max_tokens: int | None = None, position: str | None = None
@@ -84,18 +89,18 @@ class Workbench:
     def _check_positions(self) -> None:
         limit = getattr(self.backbone.model.config, "max_position_embeddings", None)
         prompt, tokens = self.experiment.search.longest, self.experiment.training.max_tokens
-        label = max(map(len, self.labels.values()))
-        if limit and prompt + tokens + label > limit:
+        target = self.target.longest
+        if limit and prompt + tokens + target > limit:
             raise UserError(
-                f"search.length: up to {prompt} vectors, training.max_tokens={tokens} and a label of {label} tokens "
-                f"make {prompt + tokens + label} positions, and the model has {limit}; lower one of the two"
+                f"search.length: up to {prompt} vectors, training.max_tokens={tokens} and a target of {target} tokens "
+                f"make {prompt + tokens + target} positions, and the model has {limit}; lower one of them"
             )
         blank = render(self.experiment.template, dict.fromkeys(self.experiment.fields, ""))
         told = len(self.backbone.tokenizer.encode(self.experiment.evaluation.instruction + blank, verbose=False))
-        if limit and told + label >= limit:
+        if limit and told + target >= limit:
             raise UserError(
-                f"evaluation.instruction: with the template and a label it takes {told + label} tokens, and the model "
-                f"has {limit} positions; shorten it"
+                f"evaluation.instruction: with the template and a target it takes {told + target} tokens, and the "
+                f"model has {limit} positions; shorten it"
             )
 
     def _check_dropout(self) -> None:
@@ -113,8 +118,7 @@ class Workbench:
             apart=self.backbone.is_encoder_decoder,
             before=self.backbone.placed(position).before,
         )
-        order = {label: n for n, label in enumerate(self.labels)}
-        return Split(encoded.inputs, [order[label] for label in rows["label"]], encoded.cut)
+        return Split(encoded.inputs, list(rows["label"]), encoded.cut)
 
     @cached_property
     def loss(self) -> Loss:
@@ -132,9 +136,8 @@ class Workbench:
     @cached_property
     def examples(self) -> list[Example]:
         """The training rows."""
-        split = self.split("train")
-        targets = list(self.labels.values())
-        return [Example(row, targets[gold]) for row, gold in zip(split.inputs, split.gold, strict=True)]
+        targets, _ = self._targets["train"]
+        return [Example(*row) for row in zip(self.split("train").inputs, targets, strict=True)]
 
     @property
     def longest_prompt(self) -> Tensor:
@@ -142,9 +145,9 @@ class Workbench:
         vectors = torch.zeros(self.experiment.longest, self.backbone.hidden_size)
         return vectors if "prompt_tuning" in self.experiment.search.methods else self.backbone.as_prefix(vectors)
 
-    def score(self, prompt: Tensor, inputs: Sequence[Sequence[int]]) -> Scores:
-        """Scores of the labels for each input, after a prompt `[P, H]`, P may be 0, or a prefix `[L, 2, G, P, D]`."""
-        return Classifier(self.backbone, prompt, list(self.labels.values())).score(inputs)
+    def measure(self, prompt: Tensor, split: Split) -> Metrics:
+        """How well a prompt `[P, H]`, P may be 0, or a prefix `[L, 2, G, P, D]` answers the rows of a split."""
+        return self.target.measure(prompt, split.inputs, split.answers)
 
     def start(self, params: dict[str, Any], *, seed: Sequence[int]) -> Slot:
         """A slot for one trial.
@@ -195,8 +198,9 @@ class Workbench:
 
     def _initial(self, params: dict[str, Any], seed: int) -> Tensor:
         kind, length = params["initialization"], params["length"]
-        if kind not in STRATEGIES:
-            raise UserError(f"params: no initialization {kind!r}; use one of {', '.join(STRATEGIES)}")
+        known = [name for name in STRATEGIES if name != "labels" or self.labels]
+        if kind not in known:
+            raise UserError(f"params: no initialization {kind!r}; use one of {', '.join(known)}")
         generator = torch.Generator().manual_seed(seed)
         own = {k.partition(".")[2]: v for k, v in params.items() if k.startswith(f"{kind}.")}
         if kind == "labels":

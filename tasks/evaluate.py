@@ -50,7 +50,7 @@ class Evaluation(BaseModel):
     """Why there is none to compare with, where there is a champion."""
 
 
-_BASELINES = 2
+_BASELINES = 3
 """Changes with what the baselines are: those of an earlier number are measured anew."""
 
 
@@ -100,7 +100,7 @@ def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baseli
     title = str(best.user_attrs[TITLE])
     shown = {_with_doubt(f"champion v{version}", why_not): champion} if champion else {}
     systems = {**baselines, **shown, f"winner, {title}": metrics}
-    create_markdown_artifact(key="result", markdown=describe_table(systems), description="Accuracy on the test split")
+    _show(systems)
     tracker.log_evaluation(sweep.run_id, systems)
     tracker.log_winner(run_id, metrics)
     return Evaluation(
@@ -136,8 +136,14 @@ def evaluate_registered(
     shown = _with_doubt(name, OTHER_SPLITS if may_have_seen_test(bench, prompt) else "")
     systems = {**baselines, shown: measure_prompt(bench, prompt)}
     Tracker(experiment).record_evaluation(f"evaluate {name}", experiment, prepared, systems, flow_tags())
-    create_markdown_artifact(key="result", markdown=describe_table(systems), description="Accuracy on the test split")
+    _show(systems)
     return systems
+
+
+def _show(systems: dict[str, Metrics]) -> None:
+    """The systems in one table on the page of the flow run."""
+    name = next(iter(systems.values())).objective.name.capitalize()
+    create_markdown_artifact(key="result", markdown=describe_table(systems), description=f"{name} on the test split")
 
 
 def _with_doubt(name: str, doubt: str) -> str:

@@ -3,6 +3,7 @@
 A model that cannot be had or used is refused before there is a study or a run: nothing is left of a mistake.
 """
 
+import math
 from pathlib import Path
 
 from prefect import task
@@ -12,6 +13,7 @@ from softprompt.closing import close_abandoned_runs
 from softprompt.data import load_prepared
 from softprompt.home import require_tracking
 from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
+from softprompt.objective import Objective
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
@@ -29,6 +31,10 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
     watcher().stage("loading the model")
     bench = Workbench(experiment, load_prepared(Path(data)))
     watcher().stage(f"model ready on {bench.backbone.device}, {bench.backbone.composition.name}")
+    if bench.targets_cut:
+        watcher().stage(
+            f"{bench.targets_cut:,} texts are longer than labels.max_new_tokens: cut, and matched by nothing"
+        )
     create_stores()
     close_earlier_try()
     close_abandoned_runs()
@@ -51,7 +57,7 @@ def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[Tr
 
     def record(trial: TrialRecord) -> None:
         records.append(trial)
-        _show_end(trial)
+        _show_end(trial, experiment.labels.objective)
 
     Lane(bench, sweep, on_end=record).run()
     return records
@@ -59,12 +65,13 @@ def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[Tr
 
 # Apart from the search, which must not be lost where Prefect's server is away for a moment.
 @task(retries=2, retry_delay_seconds=5)
-def show_trials(trials: list[TrialRecord]) -> None:
+def show_trials(experiment: ExperimentSpec, trials: list[TrialRecord]) -> None:
     """Show the trials as a table on the page of the flow run."""
+    objective = experiment.labels.objective
     create_table_artifact(
         key="trials",
-        table=[_row(r) for r in sorted(trials, key=lambda r: (-(r.score or 0), r.number))],
-        description="Trials of the search, best first; the score is the accuracy on the validation split.",
+        table=[_row(r, objective) for r in sorted(trials, key=lambda r: _place(r, objective), reverse=True)],
+        description=f"Trials of the search, best first; the score is the {objective.name} on the validation split.",
     )
 
 
@@ -81,19 +88,23 @@ def record_trial(name: str, trial: TrialRecord) -> TrialRecord:
     return trial
 
 
-def _show_end(trial: TrialRecord) -> None:
+def _show_end(trial: TrialRecord, objective: Objective) -> None:
     """As `record_trial`; a page that cannot be written ends no search."""
     try:
-        record_trial(f"{trial.title}: {describe_end(trial)}"[:200], trial)
+        record_trial(f"{trial.title}: {describe_end(trial, objective)}"[:200], trial)
     except Exception as error:
         watcher().stage(f"trial {trial.number} is not shown in Prefect ({type(error).__name__}: {error})")
 
 
-def _row(record: TrialRecord) -> dict[str, str | int | float]:
+def _place(record: TrialRecord, objective: Objective) -> tuple[float, int]:
+    return -math.inf if record.score is None else objective.gain(record.score), -record.number
+
+
+def _row(record: TrialRecord, objective: Objective) -> dict[str, str | int | float]:
     return {
         "trial": record.title,
         "outcome": record.outcome,
-        "validation accuracy": "" if record.score is None else f"{record.score:.1%}",
+        f"validation {objective.name}": "" if record.score is None else objective.show(record.score),
         "steps": record.steps,
         "seconds": record.seconds,
         "reason": record.reason,

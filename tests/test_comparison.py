@@ -16,11 +16,12 @@ from softprompt.comparison import (
 )
 from softprompt.data import prepare
 from softprompt.errors import UserError
-from softprompt.evaluation import measure_scores
+from softprompt.evaluation import LabelMetrics, measure_scores
+from softprompt.inference import Classifier
 from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt
 from softprompt.tuning import tune
-from softprompt.workbench import Workbench
+from softprompt.workbench import Split, Workbench
 from tests.tiny import tiny_backbone, tiny_experiment
 
 PARAMS = {"length": 3, "initialization": "labels", "learning_rate": 0.1}
@@ -42,6 +43,12 @@ def prompt(bench) -> SoftPrompt:
     return tune(bench, PARAMS)
 
 
+def classified(bench: Workbench, vectors: torch.Tensor, split: Split) -> LabelMetrics:
+    """Metrics of a prompt by way of the classifier."""
+    scores = Classifier(bench.backbone, vectors, list(bench.labels.values())).score(split.inputs)
+    return measure_scores([list(bench.labels).index(answer) for answer in split.answers], scores)
+
+
 def with_instruction(bench: Workbench, instruction: str) -> Workbench:
     evaluation = bench.experiment.evaluation.model_copy(update={"instruction": instruction})
     return Workbench(bench.experiment.model_copy(update={"evaluation": evaluation}), bench.data, bench.backbone)
@@ -51,19 +58,19 @@ def test_the_baselines_answer_the_same_rows(bench):
     systems = measure_baselines(bench)
     assert list(systems) == [MAJORITY, TFIDF, NO_PROMPT, INSTRUCTION]
     assert {m.rows for m in systems.values()} == {60}
-    assert [m.illegal is None for m in systems.values()] == [True, True, False, False]
+    assert [m.numbers["illegal"] is None for m in systems.values()] == [True, True, False, False]
 
 
 def test_the_majority_is_that_of_the_training_rows(bench):
     majority = measure_baselines(bench)[MAJORITY]
-    train, test = bench.split("train").gold, bench.split("test").gold
+    train, test = bench.split("train").answers, bench.split("test").answers
     most = max(set(train), key=train.count)
-    assert majority.correct == [gold == most for gold in test]
-    assert majority.macro_f1 < 0.5
+    assert majority.correct == [answer == most for answer in test]
+    assert (majority.numbers["macro_f1"] or 1) < 0.5
 
 
 def test_tfidf_finds_the_words_that_tell(bench):
-    assert measure_baselines(bench)[TFIDF].accuracy > 0.9
+    assert measure_baselines(bench)[TFIDF].score > 0.9
 
 
 def test_tfidf_takes_signs_where_no_row_has_a_word(tmp_path):
@@ -72,13 +79,13 @@ def test_tfidf_takes_signs_where_no_row_has_a_word(tmp_path):
     experiment = tiny_experiment(tmp_path, splits={"validation": 20, "test": 30}, template="{text}")
     (tmp_path / "rows.csv").write_text("text,label\n" + rows)
     signs = Workbench(experiment, prepare(experiment, tmp_path / "cache"), tiny_backbone())
-    assert measure_baselines(signs)[TFIDF].accuracy > 0.9
+    assert measure_baselines(signs)[TFIDF].score > 0.9
 
 
 def test_no_prompt_is_a_prompt_of_no_vectors(bench):
     split = bench.split("test")
     nothing = torch.zeros(0, bench.backbone.hidden_size)
-    assert measure_baselines(bench)[NO_PROMPT] == measure_scores(split.gold, bench.score(nothing, split.inputs))
+    assert measure_baselines(bench)[NO_PROMPT] == classified(bench, nothing, split)
 
 
 def test_an_instruction_changes_what_the_model_says(bench):
@@ -93,18 +100,18 @@ def test_braces_in_an_instruction_are_text(bench):
     room = len(other.backbone.tokenizer.encode(other.experiment.evaluation.instruction))
     split = other.split("test", template=template, max_tokens=other.experiment.training.max_tokens + room)
     assert '{"label": x} or {text}: Review:' in other.backbone.tokenizer.decode(list(split.inputs[0]))
-    assert measured == measure_scores(split.gold, other.score(torch.zeros(0, other.backbone.hidden_size), split.inputs))
+    assert measured == classified(other, torch.zeros(0, other.backbone.hidden_size), split)
 
 
 def test_a_long_instruction_takes_no_tokens_from_the_inputs(bench, monkeypatch):
     other = with_instruction(bench, "Is this review positive or negative? " * 8)
-    real, seen = other.score, []
+    real, seen = other.measure, []
 
-    def score(prompt, inputs):
-        seen.append(inputs)
-        return real(prompt, inputs)
+    def measure(prompt, split):
+        seen.append(split.inputs)
+        return real(prompt, split)
 
-    monkeypatch.setattr(other, "score", score)
+    monkeypatch.setattr(other, "measure", measure)
     measure_baselines(other)
     texts = [[str(other.backbone.tokenizer.decode(list(row))) for row in inputs] for inputs in seen]
     assert texts[0] == [text[text.index("Review:") :] for text in texts[1]]
@@ -114,7 +121,7 @@ def test_a_long_instruction_takes_no_tokens_from_the_inputs(bench, monkeypatch):
 def test_a_prompt_is_measured_with_its_own_template_and_words(bench, prompt):
     measured = measure_prompt(bench, prompt)
     split = bench.split("test")
-    assert measured == measure_scores(split.gold, bench.score(prompt.vectors, split.inputs))
+    assert measured == classified(bench, prompt.vectors, split)
     assert measure_prompt(bench, replace(prompt, template="{text}?")).log_loss != measured.log_loss
 
 

@@ -18,7 +18,7 @@ from softprompt.data import prepare
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.inference import Classifier
 from softprompt.passes import Work
-from tests.tiny import save_tiny, tiny_backbone, tiny_experiment, tiny_model
+from tests.tiny import save_tiny, tiny_backbone, tiny_experiment, tiny_model, tiny_text_experiment
 
 KINDS = ["t5", "bart"]
 SINGLE = [(300,), (301,), (302,)]
@@ -113,6 +113,27 @@ def test_inputs_and_targets_are_framed_as_the_model_was_taught(bench: sp.Workben
     assert list(example.inputs) == tokenizer(f"Review: {row['text']}\nSentiment:")["input_ids"]
     assert list(example.target) == tokenizer(f" {row['label']}")["input_ids"]
     assert example.inputs[-1] == example.target[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_free_text_is_decoded_as_the_tokenizer_frames_it_and_measured_by_the_plain_formula(
+    kind: str, tmp_path: Path
+) -> None:
+    experiment = tiny_text_experiment(tmp_path)
+    save_tiny(tmp_path / "model", kind)
+    bench = sp.Workbench(experiment, prepare(experiment, tmp_path / "cache"))
+    texts = [row["label"] for row in bench.data.split("train")]
+    framed = [bench.backbone.tokenizer(f" {text}")["input_ids"][:8] for text in texts]
+    assert [list(e.target) for e in bench.examples] == framed
+    prompt = sp.SoftPrompt.load(sp.tune(bench, PARAMS | {"initialization": "vocabulary"}).save(tmp_path / "prompt"))
+    split = bench.split("test")
+    targets, _ = bench.target.encode(split.answers)
+    with torch.inference_mode():
+        said = [
+            say(kind, prompt.vectors, row, target).log_softmax(1).gather(1, torch.tensor(target)[:, None])
+            for row, target in zip(split.inputs, targets, strict=True)
+        ]
+    assert sp.measure_prompt(bench, prompt).score == pytest.approx(-torch.cat(said).mean().item(), rel=1e-4)
 
 
 PARAMS: dict[str, Any] = {"length": 4, "initialization": "labels", "learning_rate": 0.1}

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
-from softprompt.evaluation import describe_table, measure, measure_scores
+from softprompt.evaluation import Metrics, TextMetrics, describe_table, measure, measure_scores, measure_targets
 from softprompt.inference import Scores
 
 
@@ -79,6 +80,40 @@ def test_metrics_survive_json():
     assert type(metrics).model_validate_json(metrics.model_dump_json()) == metrics
 
 
+def texts(nats: list[float], lengths: list[int], exact: list[bool] | None = None) -> TextMetrics:
+    return measure_targets(-np.array(nats), lengths, np.array(exact if exact is not None else [False] * len(nats)))
+
+
+def test_a_row_counts_by_its_tokens():
+    metrics = texts([6.0, 1.0], [3, 1], [False, True])
+    assert (metrics.rows, metrics.tokens, metrics.log_loss, metrics.exact_match) == (2, 4, 1.75, 0.5)
+    assert metrics.numbers == {"loss_per_token": 1.75, "exact_match": 0.5}
+    assert metrics.correct == [False, True]
+
+
+def test_the_interval_of_rows_of_one_token_is_that_of_their_mean():
+    nats = np.random.default_rng(0).exponential(2.0, 50)
+    metrics = texts(nats.tolist(), [1] * 50)
+    half = 1.959964 * nats.std(ddof=1) / math.sqrt(50)
+    assert [metrics.low, metrics.high] == pytest.approx([nats.mean() - half, nats.mean() + half])
+
+
+def test_the_interval_holds_the_true_loss_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        lengths = random.integers(1, 30, 80)
+        # A row of its own difficulty, of mean 2 nats a token: the tokens of a row are no draws of their own.
+        metrics = texts((lengths * random.gamma(4.0, 0.5, 80)).tolist(), lengths.tolist())
+        held += metrics.low <= 2.0 <= metrics.high
+    assert 0.91 <= held / 400 <= 0.98
+
+
+def test_one_row_has_no_spread_and_no_loss_is_below_zero():
+    assert (texts([3.0], [2]).low, texts([3.0], [2]).high) == (1.5, 1.5)
+    assert texts([0.0, 4.0], [1, 1]).low == 0.0
+
+
 def test_the_table_is_markdown_in_the_order_of_the_systems():
     by_text = measure([0, 1, 1, 1], [0, 0, 1, 1])
     by_model = measure_scores([0, 1], scores([[0.9, 0.1], [0.2, 0.8]], [True, False]))
@@ -92,3 +127,18 @@ def test_the_table_is_markdown_in_the_order_of_the_systems():
 
 def test_a_name_cannot_break_the_table():
     assert describe_table({"a|b": measure([0], [0])}).splitlines()[2].startswith(r"| a\|b | 100.0%")
+
+
+def test_the_table_of_texts_has_their_own_columns():
+    assert describe_table({"no prompt": texts([6.0], [3]), "winner": texts([0.6], [3], [True])}) == (
+        "| system | loss per token | 95 % interval | exact match |\n"
+        "|---|---|---|---|\n"
+        "| no prompt | 2.0000 | 2.0000 to 2.0000 | 0.0% |\n"
+        "| winner | 0.2000 | 0.2000 to 0.2000 | 100.0% |"
+    )
+
+
+def test_texts_and_labels_are_told_apart_in_json():
+    systems = TypeAdapter(dict[str, Metrics])
+    both: dict[str, Metrics] = {"label": measure([0, 1], [0, 0]), "text": texts([6.0], [3])}
+    assert systems.validate_json(systems.dump_json(both)) == both

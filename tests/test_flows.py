@@ -1,11 +1,13 @@
 """Whole flows against a real Prefect server, on a tiny model."""
 
+import csv
 import json
 import os
 import shutil
 from pathlib import Path
 from uuid import UUID
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect.artifacts import create_table_artifact
@@ -17,6 +19,7 @@ from prefect.client.schemas.sorting import TaskRunSort
 from prefect.states import State
 
 from flows.evaluate import evaluate
+from flows.predict import choose_prompt, predict_file
 from flows.sweep import SweepResult, sweep
 from flows.tune import tune
 from softprompt import registry, training
@@ -24,12 +27,13 @@ from softprompt.errors import UserError
 from softprompt.home import study_storage, tracking_uri
 from softprompt.loading import load_backbone
 from softprompt.prediction import Predictor
+from softprompt.progress import Lines, watched_by
 from softprompt.registry import champion_version, load_registered
 from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec, LocalModel
 from softprompt.tracking import Tracker
 from tasks.policy import run_link
-from tests.tiny import tiny_experiment, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_experiment, tiny_model, tiny_text_experiment, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -202,7 +206,7 @@ def test_evaluate_measures_what_is_registered(swept, experiment):
         [Tracker(experiment).experiment_id], "attributes.run_name = 'evaluate tiny-flows champion'"
     )
     assert runs[0].info.status == "FINISHED"
-    assert runs[0].data.metrics["test_accuracy"] == systems["tiny-flows champion"].accuracy
+    assert runs[0].data.metrics["test_accuracy"] == systems["tiny-flows champion"].score
     assert runs[0].data.params["test_rows"] == "60"
     assert runs[0].data.tags["prefect.flow_run_id"]
 
@@ -261,7 +265,7 @@ def test_a_step_that_fails_after_the_table_is_made_is_tried_again_without_doubli
     with registry._fluent():  # it searches with MLflow's fluent functions
         table = client.load_table(parent.info.experiment_id, "evaluation.json", [parent.info.run_id])
     assert list(table["system"]) == list(systems)
-    assert list(table["accuracy"]) == pytest.approx([m.accuracy for m in systems.values()])
+    assert list(table["accuracy"]) == pytest.approx([m.score for m in systems.values()])
     assert json.loads(parent.data.tags["mlflow.loggedArtifacts"]) == [{"path": "evaluation.json", "type": "table"}]
 
 
@@ -288,6 +292,90 @@ def test_tune_trains_the_first_start_and_registers_nothing(experiment, tmp_path)
     assert (evaluation.trial, evaluation.title) == (0, "trial 0: labels · P=4 · lr 0.1")
     assert champion_version("tiny-single") is None
     assert mlflow_statuses(single) == {"FINISHED"}
+
+
+@pytest.fixture(scope="module")
+def text_experiment(tmp_path_factory) -> ExperimentSpec:
+    return tiny_text_experiment(tmp_path_factory.mktemp("texts"), name="tiny-texts")
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What a person is told during the sweep of free text."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def swept_texts(text_experiment: ExperimentSpec, said: list[str], prefect_server: None) -> State[SweepResult]:
+    """The end of a sweep of an experiment in free text."""
+    with watched_by(Lines(said.append)):
+        state: State[SweepResult] = sweep(text_experiment, return_state=True)
+    return state
+
+
+def test_a_sweep_of_free_text_ends_with_the_champion_of_the_lowest_loss(swept_texts, text_experiment):
+    result = swept_texts.result()
+    assert list(result.evaluation.systems) == ["no prompt", "instruction", f"winner, {result.evaluation.title}"]
+    finished = [t for t in result.trials if t.outcome == "finished"]
+    assert result.evaluation.title == min(finished, key=lambda t: t.score).title
+    loss = f"{result.evaluation.winner.score:.4f} nats per token"
+    assert result.decision.reason == f"the first version, with {loss} on 60 test rows"
+    assert champion_version(text_experiment.name) == 1
+    assert load_study(result.sweep.name, study_storage(), text_experiment).direction.name == "MINIMIZE"
+
+
+def test_a_person_is_told_of_texts_that_were_cut_and_of_losses(swept_texts, said):
+    loss = swept_texts.result().trials[0].score
+    assert "12 texts are longer than labels.max_new_tokens: cut, and matched by nothing" in said
+    assert [line for line in said if line.startswith("trial 0: ") and f"best validation loss {loss:.4f} nats" in line]
+    assert [line for line in said if f": finished with {loss:.4f} nats per token; 1 of 4 trials done" in line]
+
+
+def test_the_records_of_free_text_are_named_for_what_they_are(swept_texts, text_experiment):
+    result, client = swept_texts.result(), MlflowClient(tracking_uri())
+    parent, winner = client.get_run(result.sweep.run_id), client.get_run(result.evaluation.run_id)
+    measured = result.evaluation.winner
+    assert parent.data.metrics == {
+        "test_loss_per_token": measured.score,
+        "test_loss_per_token_low": measured.low,
+        "test_loss_per_token_high": measured.high,
+        "test_exact_match": measured.exact_match,
+    }
+    assert parent.data.metrics.items() <= winner.data.metrics.items()
+    own = {"train_loss", "val_loss_per_token", "val_exact_match", "best_val_loss_per_token", "seconds"}
+    assert winner.data.metrics.keys() == own | parent.data.metrics.keys()
+    history = client.get_metric_history(winner.info.run_id, "val_loss_per_token")
+    assert [m.step for m in history] == text_experiment.rungs
+    assert winner.data.metrics["best_val_loss_per_token"] == min(m.value for m in history)
+    found = artifacts(swept_texts)
+    assert "| system | loss per token | 95 % interval | exact match |" in str(found["result"].data)
+    assert '"validation loss"' in str(found["trials"].data)
+    assert json.loads(str(found["trials"].data))[0]["trial"] == result.evaluation.title
+
+
+def test_a_registered_prompt_writes_texts_from_the_command_and_through_mlflow(swept_texts, tmp_path):
+    swept_texts.result()
+    texts = ["a great film", 'dull, and "old"', "[brackets] {braces}"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    predict_file(choose_prompt(None, "tiny-texts", "champion"), tmp_path / "rows.jsonl", tmp_path / "out.csv", "cpu")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["text"] for row in rows] == texts
+    assert any(row["answer"] for row in rows)
+    with registry._fluent():
+        answers = mlflow.pyfunc.load_model("models:/tiny-texts@champion").predict([{"text": text} for text in texts])
+    assert [a.answer for a in answers] == [row["answer"] for row in rows]
+
+
+def test_free_text_is_evaluated_anew_and_a_second_sweep_keeps_the_champion(swept_texts, text_experiment):
+    first = swept_texts.result()
+    systems = evaluate(text_experiment)
+    assert systems["tiny-texts champion"] == first.evaluation.winner
+    second: State[SweepResult] = sweep(text_experiment, return_state=True)
+    assert states(second)["evaluate_baselines"] == "Cached"
+    assert second.result().evaluation.champion == first.evaluation.winner
+    loss = f"{first.evaluation.winner.score:.4f} nats per token"
+    assert second.result().decision.reason == f"{loss} on 60 test rows is not better than champion v1 with {loss}"
 
 
 def test_both_methods_are_swept_compared_registered_and_answer(tmp_path):

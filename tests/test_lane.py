@@ -22,6 +22,7 @@ from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.home import cache_home, state_home, study_storage, tracking_uri
 from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
+from softprompt.objective import ACCURACY
 from softprompt.progress import SearchProgress, TrialProgress, watched_by
 from softprompt.prompt import SoftPrompt
 from softprompt.spec import ExperimentSpec
@@ -163,7 +164,7 @@ def test_the_prompt_of_a_trial_loads_and_says_where_it_comes_from(ends, tmp_path
     prompt = ends.prompt(0, tmp_path)
     prompt.require(ends.bench.backbone)
     assert prompt.length == 4
-    assert prompt.provenance["params"] == LABELS
+    assert prompt.provenance["params"] == LABELS | {"method": "prompt_tuning"}
     assert prompt.provenance["dataset"]["digest"] == ends.bench.data.digest
     assert prompt.provenance["validation"]["accuracy"] == ends.records[0].score
 
@@ -298,7 +299,7 @@ def test_the_clock_ends_the_search_and_keeps_what_runs(run):
     for record in ran.records:
         assert 0 < record.steps < 100_000
         assert record.reason == f"budget.minutes was spent at step {record.steps}"
-        assert describe_end(record).endswith(f"(budget.minutes was spent at step {record.steps})")
+        assert describe_end(record, ACCURACY).endswith(f"(budget.minutes was spent at step {record.steps})")
     assert search.best_trial(ran.study).value == max(r.score or 0 for r in ran.records)
 
 
@@ -458,6 +459,6 @@ def test_progress_counts_down_and_shows_the_best(make):
         Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
     assert [(t.number, t.step) for t, _ in seen] == [(n, s) for n in (0, 1) for s in range(1, 13)]
     assert [s.ended for _, s in seen] == [0] * 12 + [1] * 12
-    assert seen[-1][1].best == max(r.score or 0 for r in ran.records)
+    assert seen[-1][1].best == f"accuracy {max(r.score or 0 for r in ran.records):.1%}"
     assert seen[0][1].best is None
     assert (seen[-1][0].rung, seen[-1][0].rungs) == (2, 2)

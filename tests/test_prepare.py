@@ -162,6 +162,49 @@ def test_the_key_follows_what_decides_the_rows_and_nothing_else(tmp_path: Path) 
     assert data_key(experiment({"path": path})) != key
 
 
+TEXT = {"kind": "text", "field": "label", "max_new_tokens": 9}
+
+
+def free_text(data: dict[str, Any], **changes: Any) -> ExperimentSpec:
+    kinds = [{"kind": "normal"}]
+    search = load_experiment(DEFAULT).search.model_dump(mode="json") | {"initialization": kinds, "start": []}
+    return experiment(data, **{"labels": TEXT, "search": search} | changes)
+
+
+def test_free_texts_are_kept_as_they_are(tmp_path: Path) -> None:
+    content: list[tuple[object, object]] = [(f"text {n}", f" {n} words\n") for n in range(20)]
+    prepared = prepare(free_text({"path": write(tmp_path / "a.jsonl", content)}), tmp_path)
+    assert sorted(chain(*read(prepared).values())) == sorted(content)
+    assert (prepared.labels, prepared.left_out) == ({s: {} for s in SPLITS}, {})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_several_texts_for_one_input_stay_together(seed: int, tmp_path: Path) -> None:
+    content: list[tuple[object, object]] = [(f"text {n % 9}", f"answer {n % 27}") for n in range(54)]
+    path = write(tmp_path / "a.jsonl", content)
+    prepared = prepare(free_text({"path": path}, seed=seed), tmp_path)
+    splits = {s: {text for text, _ in found} for s, found in read(prepared).items()}
+    assert not splits["test"] & splits["validation"]
+    assert not (splits["test"] | splits["validation"]) & splits["train"]
+    # Three answers for every input: the fourth test row has two others, which go nowhere.
+    assert prepared.sizes == {"train": 18, "validation": 3, "test": 4}
+    assert prepared.left_out == {"duplicate": 27, "stands in two splits": 2}
+
+
+def test_rows_of_few_inputs_cannot_be_carved(tmp_path: Path) -> None:
+    content: list[tuple[object, object]] = [(f"text {n % 7}", f"answer {n}") for n in range(54)]
+    spec = free_text({"path": write(tmp_path / "a.jsonl", content)})
+    with pytest.raises(UserError, match="with a training row that takes 8 rows, and 7 are available"):
+        prepare(spec, tmp_path)
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_an_empty_text_is_refused_with_its_place(empty: object, tmp_path: Path) -> None:
+    spec = free_text({"path": write(tmp_path / "a.jsonl", [*rows(12), ("x", empty)])})
+    with pytest.raises(UserError, match=r"a\.jsonl:13: column 'label' is empty, and there is no text to learn"):
+        prepare(spec, tmp_path)
+
+
 MISTAKES: list[tuple[list[tuple[object, object]], dict[str, Any], str]] = [
     (rows(12), {"template": "{body}"}, r"a\.jsonl:1: no column 'body', which template names; found 'text', 'label'"),
     (

@@ -2,11 +2,13 @@
 
 from softprompt.progress import Lines, SearchProgress, TrialProgress
 
-SEARCH = SearchProgress(ended=1, trials=2, best=0.9, seconds_left=61)
+SEARCH = SearchProgress(ended=1, trials=2, best="accuracy 90.0%", seconds_left=61)
 
 
 def scored(rung: int) -> TrialProgress:
-    return TrialProgress(0, "trial 0: text [inst]", step=3 * rung, steps=6, rung=rung, rungs=2, score=0.9, loss=0.1)
+    return TrialProgress(
+        0, "trial 0: text [inst]", step=3 * rung, steps=6, rung=rung, rungs=2, score="accuracy 90.0%", loss=0.1
+    )
 
 
 def test_one_line_for_each_rung_again_after_the_end():

@@ -64,6 +64,16 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, prompt: SoftPrompt, me
     read.require(tiny_backbone())
 
 
+def test_a_prompt_for_free_text_survives_the_folder(tmp_path: Path) -> None:
+    prompt = make_prompt(words={}, before=" ", max_new_tokens=64)
+    read = SoftPrompt.load(prompt.save(tmp_path / "prompt"))
+    assert torch.equal(read.vectors, prompt.vectors)
+    assert replace(read, vectors=prompt.vectors) == prompt
+    rewrite(tmp_path / "prompt", max_new_tokens=None)
+    with pytest.raises(UserError, match=r"softprompt\.json lacks max_new_tokens"):
+        SoftPrompt.load(tmp_path / "prompt")
+
+
 def test_a_folder_holds_three_files_of_kilobytes(tmp_path: Path, prompt: SoftPrompt) -> None:
     files = list(prompt.save(tmp_path / "prompt").iterdir())
     assert {f.name for f in files} == {"adapter_config.json", "adapter_model.safetensors", "softprompt.json"}
@@ -222,7 +232,10 @@ def test_vectors_that_are_none_are_refused(
         ({"method": "prefix_tuning"}, r"shape must have 5 dimensions, found \[5, 32\]"),
         ({"method": "prefix_tuning", "shape": [5, 1, 2, 2, 8]}, "shape must have keys and values, 2, found"),
         ({"words": []}, r"words must be dict, found \[\]"),
-        ({"words": {}}, "words must map labels to text"),
+        ({"words": {}}, "max_new_tokens must be 0 beside words, else positive, found 0"),
+        ({"max_new_tokens": 9}, "max_new_tokens must be 0 beside words, else positive, found 9"),
+        ({"words": {}, "max_new_tokens": -1}, "max_new_tokens must be 0 beside words, else positive, found -1"),
+        ({"before": 7}, "before must be str"),
         ({"words": {"negative": 7}}, "words must map labels to text"),
         ({"precision": "int2"}, "precision must be one of bfloat16, float32, int8, int4, found 'int2'"),
         ({"position": "end"}, "position must be one of start, after_bos, found 'end'"),

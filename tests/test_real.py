@@ -53,8 +53,8 @@ def test_the_default_sweep(prefect_server, user_cache):
     ]
     for metrics in systems.values():
         assert metrics.rows == len(metrics.correct) == 200
-        assert 0 <= metrics.low <= metrics.accuracy <= metrics.high <= 1
-    assert systems["no prompt"].accuracy > systems["majority class"].accuracy
+        assert 0 <= metrics.low <= metrics.score <= metrics.high <= 1
+    assert systems["no prompt"].score > systems["majority class"].score
     assert (result.decision.version, result.decision.promoted) == (1, True)
 
     converted = locate(experiment.model, cache_home())

@@ -14,13 +14,14 @@ from itertools import count
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
 
 from softprompt.data import prepare
 from softprompt.errors import UserError
-from softprompt.evaluation import Metrics, measure
+from softprompt.evaluation import Metrics, measure, measure_targets
 from softprompt.home import cache_home, owns_tracking, state_home, tracking_uri
 from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt
@@ -89,6 +90,20 @@ def test_the_first_version_becomes_champion_an_equal_one_waits_and_a_better_one_
     stored = MlflowClient(tracking_uri()).get_model_version(name, "2")
     assert stored.tags == {"softprompt.decision": "kept back", "softprompt.reason": equal.reason}
     assert stored.description == equal.reason
+
+
+def test_of_texts_the_lower_loss_is_the_better_one(enter):
+    def loss(nats: float) -> Metrics:
+        return measure_targets(np.array([-nats, -nats]), [1, 1], np.array([False, False]))
+
+    name = next(_names)
+    decide(name, enter(name, loss(2.0)), loss(2.0), None)
+    worse = decide(name, enter(name, loss(2.5)), loss(2.5), loss(2.0), measured=1)
+    assert worse.reason == (
+        "2.5000 nats per token on 2 test rows is not better than champion v1 with 2.0000 nats per token"
+    )
+    assert not decide(name, enter(name, loss(2.0)), loss(2.0), loss(2.0), measured=1).promoted
+    assert decide(name, enter(name, loss(1.5)), loss(1.5), loss(2.0), measured=1).promoted
 
 
 def test_where_the_alias_was_taken_away_the_next_version_is_not_called_the_first(enter):

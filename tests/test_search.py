@@ -275,6 +275,24 @@ def test_the_best_trial_breaks_ties_by_loss_then_by_age(open_study):
     assert search.best_trial(study).number == 2
 
 
+FREE_TEXT = (
+    "labels={kind: text, field: id, max_new_tokens: 8}",
+    "search.initialization=[{kind: uniform}, {kind: normal}]",
+    "search.start=[]",
+)
+
+
+def test_of_free_text_the_lowest_loss_is_best_and_the_highest_is_pruned(open_study):
+    study, experiment = open_study(*FREE_TEXT, "search.pruner={kind: median, every: 80, startup_trials: 2}")
+    assert [scored(study, experiment, s) for s in (3.0, 2.0, 2.8, 1.0)] == [[False], [False], [True], [False]]
+    study, experiment = open_study(*FREE_TEXT)
+    for loss in (3.0, 1.0, 2.0):
+        trial, _ = ask(study, experiment)
+        trial.set_user_attr(search.VAL_LOSS, loss)
+        study.tell(trial, loss)
+    assert search.best_trial(study).number == 1
+
+
 def test_without_a_finished_trial_there_is_no_best(open_study):
     study, experiment = open_study()
     study.tell(ask(study, experiment)[0], state=TrialState.FAIL)

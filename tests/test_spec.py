@@ -77,6 +77,13 @@ def test_the_default_experiment_is_valid():
         ("labels.bins.0={label: a, word: b, min: 3, max: 2}", "labels.bins.0: min <= max must hold, got min=3, max=2"),
         ("labels={kind: column, field: l, words: {a: x}}", "labels.words: Dictionary should have at least 2 items"),
         ("labels={kind: column, field: l, words: {0: x, 1: y}}", "labels.words.0: a key must be text; put it in"),
+        ("labels={kind: text, field: l}", "labels.max_new_tokens: is required and missing"),
+        ("labels={kind: text, field: l, max_new_tokens: 0}", "labels.max_new_tokens: Input should be greater than"),
+        (
+            "labels={kind: text, field: l, max_new_tokens: 9, words: {}}",
+            "labels.words: no such key; check its spelling",
+        ),
+        ("labels={kind: text, field: l, max_new_tokens: 9}", "search.initialization: `labels` starts from label words"),
         ("splits.test=0", "splits.test: Input should be greater than or equal to 1, found 0"),
         ("search.length=0", "search.length: Input should be greater than or equal to 1, found 0"),
         ("search.length={low: 9, high: 3}", "search.length: low <= high must hold, got low=9, high=3"),
@@ -122,6 +129,14 @@ def test_the_default_experiment_is_valid():
 )
 def test_a_mistake_is_named_by_its_dotted_key(override: str, message: str):
     assert refusal(override).startswith(f"{DEFAULT}: {message}")
+
+
+def test_a_loss_over_labels_needs_labels():
+    overrides = ["labels={kind: text, field: l, max_new_tokens: 9}", "search.initialization=[{kind: uniform}]"]
+    overrides += ["search.start=[]", "training.loss=labels"]
+    message = "training.loss: labels is for targets that are labels, found free text; use vocabulary"
+    assert refusal(*overrides) == f"{DEFAULT}: {message}"
+    assert load_experiment(DEFAULT, [*overrides[:-1], "training.loss=vocabulary"]).labels.kind == "text"
 
 
 def test_a_file_with_a_date_that_is_none_is_refused(tmp_path: Path):

@@ -1,7 +1,7 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.data.tokens import encode_inputs, encode_labels, render
+from softprompt.data.tokens import encode_inputs, encode_labels, encode_targets, render
 from softprompt.errors import UserError
 from tests.tiny import tiny_tokenizer
 
@@ -48,6 +48,47 @@ def test_labels_that_tokens_cannot_tell_apart_are_refused() -> None:
         encode_labels({"a": "yes", "b": "yes"}, tiny_tokenizer())
     with pytest.raises(UserError, match=r"labels\.words: '' of 'a' has no tokens"):
         encode_labels({"a": "", "b": "yes"}, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(("begin", "end"), [(False, False), (True, False), (True, True), (False, True)])
+def test_a_text_becomes_its_tokens_and_one_end(begin: bool, end: bool) -> None:
+    tokenizer = tiny_tokenizer(begin=begin, end=end)
+    targets, cut = encode_targets(["great", "a film"], before=" ", max_new_tokens=9, tokenizer=tokenizer)
+    assert targets == [(*tokenizer.encode(f" {t}", add_special_tokens=False), 2) for t in ("great", "a film")]
+    assert cut == 0
+
+
+@pytest.mark.parametrize(("begin", "end"), [(False, False), (True, False), (True, True), (False, True)])
+def test_a_decoder_is_given_a_text_as_its_tokenizer_frames_it_and_one_end(begin: bool, end: bool) -> None:
+    tokenizer = tiny_tokenizer(begin=begin, end=end)
+    targets, cut = encode_targets(
+        ["great", "a film", "the film"], before=" ", max_new_tokens=4, tokenizer=tokenizer, apart=True
+    )
+    plain = [tokenizer.encode(f" {text}", add_special_tokens=False) for text in ("great", "a film", "the film")]
+    assert targets == [(*([1] if begin else []), *ids, 2)[:4] for ids in plain]
+    assert cut == sum(begin + len(ids) >= 4 for ids in plain)
+    with pytest.raises(UserError, match="row 2: its text 'y</s>z' holds '</s>', which is to end it"):
+        encode_targets(["x", "y</s>z"], before=" ", max_new_tokens=9, tokenizer=tokenizer, apart=True)
+    with pytest.raises(UserError, match="row 1: its text '' makes no tokens"):
+        encode_targets([""], before="", max_new_tokens=9, tokenizer=tokenizer, apart=True)
+
+
+def test_a_long_text_keeps_the_tokens_that_fit_and_loses_its_end() -> None:
+    tokenizer = tiny_tokenizer()
+    whole = tokenizer.encode("abcdef")
+    for most in range(1, 9):
+        (target,), cut = encode_targets(["abcdef"], before="", max_new_tokens=most, tokenizer=tokenizer)
+        assert target == (*whole, 2)[:most]
+        assert cut == (target[-1] != 2)
+
+
+def test_a_text_that_cannot_be_ended_is_refused() -> None:
+    with pytest.raises(UserError, match="the tokenizer has no end-of-sequence token"):
+        encode_targets(["x"], before=" ", max_new_tokens=9, tokenizer=tiny_tokenizer(eos=False))
+    with pytest.raises(UserError, match="row 2: its text 'y</s>z' holds '</s>', which is to end it"):
+        encode_targets(["x", "y</s>z"], before=" ", max_new_tokens=9, tokenizer=tiny_tokenizer())
+    with pytest.raises(UserError, match="row 1: its text '' makes no tokens"):
+        encode_targets([""], before="", max_new_tokens=9, tokenizer=tiny_tokenizer())
 
 
 @pytest.mark.parametrize(("begin", "end"), [(False, False), (True, False), (True, True), (False, True)])

@@ -10,6 +10,7 @@ import torch
 from softprompt.comparison import measure_prompt
 from softprompt.data import prepare
 from softprompt.evaluation import measure_scores
+from softprompt.inference import Classifier
 from softprompt.loading import load_backbone
 from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt
@@ -34,7 +35,7 @@ def run(bench: Workbench, tuning: Tuning) -> list[float]:
     while not tuning.slot.finished:
         tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
         if tuning.at_rung:
-            found.append(tuning.validate().accuracy)
+            found.append(tuning.validate().score)
     return found
 
 
@@ -44,10 +45,11 @@ def test_a_trial_is_scored_at_its_rungs_and_keeps_its_best(bench: Workbench) -> 
     assert len(found) == 3 == tuning.rungs_passed
     assert len(tuning.losses) == 12
     assert tuning.best is not None
-    assert tuning.best.metrics.accuracy == max(found)
+    assert tuning.best.metrics.score == max(found)
     assert tuning.best.step in (3, 6, 12)
-    split = bench.split("validation")
-    assert measure_scores(split.gold, bench.score(tuning.prompt().vectors, split.inputs)) == tuning.best.metrics
+    split, labels = bench.split("validation"), bench.labels
+    scores = Classifier(bench.backbone, tuning.prompt().vectors, list(labels.values())).score(split.inputs)
+    assert measure_scores([list(labels).index(answer) for answer in split.answers], scores) == tuning.best.metrics
 
 
 def test_the_best_is_not_touched_by_the_steps_after_it(bench: Workbench) -> None:

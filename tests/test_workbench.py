@@ -11,6 +11,7 @@ from softprompt.backbone import Backbone
 from softprompt.composition import Example
 from softprompt.data import prepare
 from softprompt.errors import UserError
+from softprompt.inference import Classifier
 from softprompt.loss import OverLabels, OverVocabulary
 from softprompt.passes import Passes
 from softprompt.spec import Choices, validate_experiment
@@ -27,10 +28,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 def test_a_split_is_the_rows_in_their_order(bench: Workbench) -> None:
     split, rows = bench.split("validation"), bench.data.split("validation")
-    assert len(split.inputs) == len(split.gold) == 40
-    for row, tokens, gold in zip(rows, split.inputs, split.gold, strict=True):
+    assert len(split.inputs) == len(split.answers) == 40
+    for row, tokens, answer in zip(rows, split.inputs, split.answers, strict=True):
         assert bench.backbone.tokenizer.decode(list(tokens)) == f"Review: {row['text']}\nSentiment:"
-        assert list(bench.labels)[gold] == row["label"]
+        assert answer == row["label"]
     assert bench.split("validation") is split
 
 
@@ -38,7 +39,7 @@ def test_another_template_is_another_split(bench: Workbench) -> None:
     plain = bench.split("test", template="{text}")
     assert bench.split("test", template="{text}") is plain
     assert bench.split("test").inputs != plain.inputs
-    assert bench.split("test").gold == plain.gold
+    assert bench.split("test").answers == plain.answers
 
 
 def test_long_inputs_are_cut_and_counted(tmp_path: Path) -> None:
@@ -57,9 +58,9 @@ def test_a_template_without_room_is_told_before_anything_is_trained(tmp_path: Pa
 
 
 def test_examples_end_with_the_tokens_of_their_label(bench: Workbench) -> None:
-    split, words = bench.split("train"), list(bench.labels.values())
+    split = bench.split("train")
     assert len(bench.examples) == 140
-    assert bench.examples[5] == Example(split.inputs[5], words[split.gold[5]])
+    assert bench.examples[5] == Example(split.inputs[5], bench.labels[split.answers[5]])
 
 
 PARAMS: list[dict[str, Any]] = [
@@ -92,7 +93,9 @@ def test_a_prefix_starts_as_the_soft_prompt_of_its_initialization(bench: Workben
     assert prefix.prompt.shape == (2, 2, 2, 9, 8)
     assert prefix.next_examples() == soft.next_examples()
     inputs = bench.split("train").inputs[:20]
-    expected, found = (bench.score(slot.prompt, inputs).log_probabilities for slot in (soft, prefix))
+    labels = list(bench.labels.values())
+    classifiers = [Classifier(bench.backbone, slot.prompt, labels) for slot in (soft, prefix)]
+    expected, found = (classifier.score(inputs).log_probabilities for classifier in classifiers)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -193,7 +196,7 @@ def test_an_instruction_that_leaves_no_room_is_told_before_anything_is_trained(b
 
 def test_an_empty_prompt_scores_the_model_itself(bench: Workbench) -> None:
     inputs = bench.split("validation").inputs[:3]
-    scores = bench.score(torch.zeros(0, 32), inputs)
+    scores = Classifier(bench.backbone, torch.zeros(0, 32), list(bench.labels.values())).score(inputs)
     for row, found in zip(inputs, scores.log_probabilities, strict=True):
         with torch.no_grad():
             expected = bench.backbone.model(torch.tensor([row])).logits[0, -1].log_softmax(0)

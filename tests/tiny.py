@@ -140,6 +140,20 @@ def tiny_experiment(folder: Path, **overrides: Any) -> ExperimentSpec:
     return validate_experiment(_tree(folder) | overrides, "tiny experiment")
 
 
+def tiny_text_experiment(folder: Path, **overrides: Any) -> ExperimentSpec:
+    """The same with a free text for every row in place of a label; one in twenty is longer than the limit."""
+    start = {"length": 4, "initialization": "vocabulary", "learning_rate": 0.1}
+    kinds = [{"kind": kind} for kind in ("uniform", "normal", "vocabulary")]
+    parts = {
+        "name": "tiny-summary",
+        "template": "Review: {text}\nIn short:",
+        "labels": {"kind": "text", "field": "short", "max_new_tokens": 8},
+        "search": _tree(folder)["search"] | {"initialization": kinds, "start": [start]},
+        "evaluation": {"instruction": "What does this review say, in short?\n\n"},
+    }
+    return tiny_experiment(folder, **parts | overrides)
+
+
 def _tree(folder: Path) -> dict[str, Any]:
     training = {"steps": 12, "batch_size": 4, "max_tokens": 48, "schedule": "cosine", "warmup_steps": 1}
     kinds: list[dict[str, Any]] = [{"kind": kind} for kind in ("uniform", "normal", "vocabulary", "labels")]
@@ -170,14 +184,18 @@ def _tree(folder: Path) -> dict[str, Any]:
 _MARKERS = {"positive": ("great", "wonderful", "good", "moving"), "negative": ("dull", "bad", "old", "waste")}
 _PLAIN = ("film", "story", "plot", "cast", "jokes", "movie", "review", "time")
 
+_SHORT = {"positive": "a great film", "negative": "dull"}
+_LONG = "the film is great, the plot is dull, and the cast is wonderful"
+
 
 def _write_rows(path: Path, count: int = 240) -> None:
-    """Rows whose label is said by two of their words; no two rows are the same."""
+    """Rows whose label is said by two of their words, and a short text beside it; no two rows are the same."""
     draw = random.Random(0)
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["text", "label"])
+        writer.writerow(["text", "label", "short"])
         for n in range(count):
             label = "positive" if n % 2 else "negative"
             words = [*draw.choices(_MARKERS[label], k=2), *draw.choices(_PLAIN, k=draw.randint(1, 8)), str(n)]
-            writer.writerow([" ".join(draw.sample(words, len(words))), label])
+            text = " ".join(draw.sample(words, len(words)))
+            writer.writerow([text, label, _SHORT[label] if n % 20 else _LONG])

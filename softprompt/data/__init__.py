@@ -2,7 +2,7 @@
 
 from softprompt.data.prepare import SPLITS, PreparedData, as_text, data_key, load_prepared, prepare
 from softprompt.data.rows import read_file
-from softprompt.data.tokens import Encoded, encode_inputs, encode_labels, render
+from softprompt.data.tokens import Encoded, encode_inputs, encode_labels, encode_targets, render
 
 __all__ = [
     "SPLITS",
@@ -12,6 +12,7 @@ __all__ = [
     "data_key",
     "encode_inputs",
     "encode_labels",
+    "encode_targets",
     "load_prepared",
     "prepare",
     "read_file",

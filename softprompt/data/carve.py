@@ -1,7 +1,7 @@
 """Which row goes into which split: no row in two of them, and the same division for the same seed.
 
-A split that the data names stays as it is, but for rows whose inputs stand there with different labels. Splits that
-the data does not name are carved from the training rows, after duplicates were dropped.
+A split that the data names stays as it is, but for rows whose inputs stand there with different labels; free texts may
+differ. Splits that the data does not name are carved from the training rows, after duplicates were dropped.
 
 The place of a row in the order of carving follows from the seed and from its own inputs alone, and test comes before
 validation before train. So a row that is added can push others from test to validation to train, and never the other
@@ -19,7 +19,7 @@ from softprompt.spec import ExperimentSpec
 
 
 class Example(NamedTuple):
-    """One row: the values of the template's fields, and the label."""
+    """One row: the values of the template's fields, and the label or free text."""
 
     inputs: tuple[str, ...]
     label: str
@@ -39,7 +39,8 @@ def divide(pools: Splits, experiment: ExperimentSpec, left_out: Counter[str]) ->
     Raises:
         UserError: Fewer rows than asked for, an empty split, or a label without a training row.
     """
-    pools = {split: _without_conflicts(examples, left_out) for split, examples in pools.items()}
+    if experiment.labels.words:
+        pools = {split: _without_conflicts(examples, left_out) for split, examples in pools.items()}
     if len(pools) < 3:
         pools["train"] = _without_duplicates(pools["train"], left_out)
     pools = _without_overlap(pools, left_out)
@@ -91,17 +92,23 @@ def _carve(pools: Splits, experiment: ExperimentSpec, left_out: Counter[str]) ->
     """Split what is not there from the training rows in the order of carving: test first, then validation."""
     asked = {s: getattr(experiment.splits, s) for s in ("test", "validation") if s not in pools}
     pool = pools["train"]
-    needed = sum(asked.values()) + len(experiment.labels.words)
-    if asked and len(pool) < needed:
+    inputs = len({example.inputs for example in pool})
+    needed = sum(asked.values()) + max(1, len(experiment.labels.words))
+    if asked and inputs < needed:
         asks = " and ".join(f"splits.{split}={size}" for split, size in asked.items())
+        train = "a training row for each label" if experiment.labels.words else "a training row"
         raise UserError(
-            f"{asks} cannot be carved: with a training row for each label that takes {needed} rows, and "
-            f"{len(pool)} are available; ask for fewer rows (left out: {_tell(left_out)})"
+            f"{asks} cannot be carved: with {train} that takes {needed} rows, and "
+            f"{inputs} are available; ask for fewer rows (left out: {_tell(left_out)})"
         )
     shuffled = sorted(pool, key=lambda example: carving_rank(example, experiment.seed))
     splits = {s: e for s, e in pools.items() if s != "train"}
     for split, size in asked.items():
         splits[split], shuffled = shuffled[:size], shuffled[size:]
+        # Other texts for its last input: they follow it in the order, and would go into a split that comes before it.
+        rest = [e for e in shuffled if e.inputs != splits[split][-1].inputs]
+        _count(left_out, "stands in two splits", len(shuffled) - len(rest))
+        shuffled = rest
     splits["train"] = shuffled[: experiment.splits.train]
     return splits
 

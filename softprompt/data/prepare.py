@@ -24,7 +24,7 @@ from softprompt.data.carve import Example, Splits, carving_rank, divide
 from softprompt.data.rows import Placed, read_file, read_hub, read_package, require_readable
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256, move_in, writing_below
-from softprompt.spec import ExperimentSpec, FileData, HubData, PackageData, RatingLabels, fingerprint
+from softprompt.spec import ExperimentSpec, FileData, FreeText, HubData, PackageData, RatingLabels, fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,14 +47,14 @@ class PreparedData:
     sizes: dict[str, int]
     """Rows of each split."""
     labels: dict[str, dict[str, int]]
-    """For each split, the rows of each label."""
+    """For each split, the rows of each label; free text has none."""
     left_out: dict[str, int]
     """Rows left out, by reason."""
     test_bound: str | None
     """The last place of a test row in the order of carving; None where the data names its test split."""
 
     def split(self, name: str) -> "Dataset":
-        """One split: every template field, and `label`, as columns of strings."""
+        """One split: every template field, and `label`, which may be a free text, as columns of strings."""
         from datasets import Dataset  # takes seconds, and only those who train or score need it
         from datasets.table import InMemoryTable
 
@@ -204,8 +204,12 @@ def as_text(value: object, where: str, name: str) -> str:
 
 
 def _label(value: str, where: str, experiment: ExperimentSpec) -> str | None:
-    """The label that the value of the label column stands for; None for a rating in no bin."""
+    """The label that the value of the label column stands for, or the text itself; None for a rating in no bin."""
     labels = experiment.labels
+    if isinstance(labels, FreeText):
+        if not value.strip():
+            raise UserError(f"{where}: column {labels.field!r} is empty, and there is no text to learn; mend the row")
+        return value
     if not isinstance(labels, RatingLabels):
         if value not in labels.words:
             known = ", ".join(map(repr, labels.words))

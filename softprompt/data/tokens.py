@@ -1,4 +1,4 @@
-"""From rows to tokens: the template, the label words, and what is cut where an input is too long.
+"""From rows to tokens: the template, the label words or texts, and what is cut where one is too long.
 
 The text around the fields is part of the experiment and is never cut; only the values of the fields are.
 """
@@ -68,6 +68,40 @@ def encode_labels(
             "token to tell them apart; choose other words"
         )
     return {label: (*ids, end) for label, ids in tokens.items()}
+
+
+def encode_targets(
+    texts: Sequence[str], *, before: str, max_new_tokens: int, tokenizer: PreTrainedTokenizerBase, apart: bool = False
+) -> tuple[list[Tokens], int]:
+    """N texts as the tokens that a model is to generate, and how many of them were cut.
+
+    A text ends with the end-of-sequence token. One that is too long loses its end and keeps the tokens that fit: what
+    generation would give that goes no further.
+
+    Args:
+        texts: Of each row, the text.
+        before: What stands between an input and its text.
+        max_new_tokens: Most tokens of a target, the end-of-sequence token included.
+        tokenizer: Of the model.
+        apart: Whether a target is a text of its own, as for a decoder: with the special tokens before it too then.
+
+    Raises:
+        UserError: The tokenizer has no end-of-sequence token, or a text makes no tokens or holds that one.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("labels: the tokenizer has no end-of-sequence token to end a free text; name one in its config")
+    spelt = [before + text for text in texts]
+    encoded = tokenizer(spelt, add_special_tokens=False, verbose=False)["input_ids"]
+    for n, ids in enumerate(encoded, start=1):
+        if not ids or end in ids:
+            what = f"holds {tokenizer.eos_token!r}, which is to end it" if ids else "makes no tokens"
+            raise UserError(f"row {n}: its text {texts[n - 1][:60]!r} {what}; mend it or leave it out")
+    if apart:
+        framed = tokenizer(text_target=spelt, verbose=False)["input_ids"]
+        encoded = [ids[:-1] if ids[-1] == end else ids for ids in framed]
+    targets = [(*ids, end)[:max_new_tokens] for ids in encoded]
+    return targets, sum(len(ids) >= max_new_tokens for ids in encoded)
 
 
 def encode_inputs(

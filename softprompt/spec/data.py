@@ -3,10 +3,11 @@
 What would give two labels the same words, or one label two, is refused here, before any row is read.
 """
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from softprompt.objective import ACCURACY, TOKEN_LOSS, Objective
 from softprompt.spec.base import PackagePin, Sha256, Spec
 
 
@@ -76,6 +77,8 @@ DataSpec = Annotated[PackageData | FileData | HubData, Field(discriminator="kind
 class ColumnLabels(Spec):
     """The label stands in a column."""
 
+    objective: ClassVar[Objective] = ACCURACY
+
     kind: Literal["column"] = "column"
     field: str
     """Column that holds the label."""
@@ -113,6 +116,8 @@ class RatingBin(Spec):
 class RatingLabels(Spec):
     """The label is read off a numeric column; rows in no bin are left out and counted."""
 
+    objective: ClassVar[Objective] = ACCURACY
+
     kind: Literal["rating"] = "rating"
     field: str
     """Column that holds the number."""
@@ -132,6 +137,25 @@ class RatingLabels(Spec):
         return {b.label: b.word for b in self.bins}
 
 
+class FreeText(Spec):
+    """The target is a text of its own for every row, and the model is to generate it."""
+
+    objective: ClassVar[Objective] = TOKEN_LOSS
+
+    kind: Literal["text"] = "text"
+    field: str
+    """Column that holds the text."""
+    before: str = " "
+    """What stands between the input and the text; most tokenizers join a space to the word after it."""
+    max_new_tokens: int = Field(ge=1, le=32_768)
+    """Most tokens of a text, its end included; longer ones are cut, and counted. Generation stops there, too."""
+
+    @property
+    def words(self) -> dict[str, str]:
+        """None: no label stands for a text."""
+        return {}
+
+
 S = TypeVar("S", bound=Spec)
 
 
@@ -141,7 +165,7 @@ def _check_words(spec: S, words: list[str]) -> S:
     return spec
 
 
-LabelSpec = Annotated[ColumnLabels | RatingLabels, Field(discriminator="kind")]
+LabelSpec = Annotated[ColumnLabels | RatingLabels | FreeText, Field(discriminator="kind")]
 
 SplitSize = Annotated[int, Field(ge=1)]
 

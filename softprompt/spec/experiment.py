@@ -114,7 +114,7 @@ class ExperimentSpec(Spec):
     template: str = Field(min_length=1)
     """The input as text, with `{column}` where a column of the row stands."""
     labels: LabelSpec
-    """Which label a row has, and the words that stand for it."""
+    """The target: which label a row has and the words that stand for it, or the column of a free text."""
     prompt_position: Literal["start", "after_bos"] = "start"
     """Where the prompt stands: before all tokens, or behind the begin-of-sequence token of the tokenizer."""
     splits: SplitSpec
@@ -134,6 +134,10 @@ class ExperimentSpec(Spec):
     def _consistent(self) -> Self:
         if not self.fields:
             raise ValueError("template: must name at least one column, as in '{text}'")
+        if not self.labels.words and any(spec.kind == "labels" for spec in self.search.initialization):
+            raise ValueError("search.initialization: `labels` starts from label words, and free text has none; drop it")
+        if not self.labels.words and self.training.loss == "labels":
+            raise ValueError("training.loss: labels is for targets that are labels, found free text; use vocabulary")
         if self.prompt_position == "after_bos" and "prefix_tuning" in self.search.methods:
             raise ValueError("prompt_position: after_bos is for prompt_tuning alone, found search.method prefix_tuning")
         return self

@@ -6,7 +6,7 @@ from benchmarks import ours, peer
 from benchmarks.sizes import Sizes
 from benchmarks.start import Start, steady
 from benchmarks.subject import Subject
-from softprompt.composition import Example
+from softprompt.batch import Example
 
 Curve = dict[str, float]
 """Examples a second, by the size."""

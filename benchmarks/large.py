@@ -14,7 +14,7 @@ from benchmarks import ours, peer
 from benchmarks.start import Start, steady
 from benchmarks.timing import in_turns
 from softprompt.backbone import Backbone
-from softprompt.composition import Example
+from softprompt.batch import Example
 
 
 @dataclass(frozen=True, kw_only=True)

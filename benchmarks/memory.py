@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.start import Start, steady
-from softprompt.composition import Example
+from softprompt.batch import Example
 
 Train = Callable[[Start], None]
 

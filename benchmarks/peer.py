@@ -26,7 +26,7 @@ from transformers import (
 
 from benchmarks.start import Rows, Start
 from benchmarks.timing import Point, Stopwatch, now, timed
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.inference import ROWS
 from softprompt.trie import Labels
 

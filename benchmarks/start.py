@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.training import BatchOrder, Settings, Slot
 
 Rows = tuple[list[tuple[int, ...]], list[int]]

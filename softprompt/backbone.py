@@ -28,7 +28,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from softprompt.composition import Composition, as_prefix, compiled, concatenate, extend, send, shared_prefix
+from softprompt.batch import send
+from softprompt.composition import Composition, as_prefix, compiled, concatenate, extend, shared_prefix
 from softprompt.decoder import fits, written_out
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.errors import UserError

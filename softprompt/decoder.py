@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.composition import Batch, Composition, pad_left, positions
+from softprompt.batch import Batch
+from softprompt.composition import Composition, pad_left, positions
 from softprompt.operations import normed, normed_products, turned
 from softprompt.prefix import is_prefix, mix
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate, concatenate
+from softprompt.batch import Example, collate
+from softprompt.composition import concatenate
 
 
 @contextmanager

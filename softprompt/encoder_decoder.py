@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from softprompt.composition import Batch, Composition, Tree, join, keep_as_they_are, map_prompts, select_rows
+from softprompt.batch import Batch, Tree
+from softprompt.composition import Composition, join, keep_as_they_are, map_prompts, select_rows
 
 _DECODED = 64
 """Rows of the decoder that have their own copy of an input's keys and values at the same time."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, collate, collate_tree, lift
+from softprompt.batch import Batch, Example, collate, collate_tree, lift
 from softprompt.errors import UserError
 from softprompt.trie import Labels, Trie
 

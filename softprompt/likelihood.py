@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate, lift
+from softprompt.batch import Example, collate, lift
 
 _ROWS, _TOKENS, _PLACES = 32, 8192, 512
 """The most rows, tokens and target tokens of a pass: a target token has logits over the whole vocabulary."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Example, collate, collate_tree, send
+from softprompt.batch import Batch, Example, collate, collate_tree, send
 from softprompt.trie import Labels, Trie
 
 Logits = Callable[[Batch], Tensor]

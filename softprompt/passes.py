@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Backbone
+from softprompt.batch import Example, lift, send
 from softprompt.checkpointing import checkpointed
-from softprompt.composition import Composition, Example, lift, send
+from softprompt.composition import Composition
 from softprompt.dropout import dropping_out
 from softprompt.errors import UserError
 from softprompt.loss import Loss

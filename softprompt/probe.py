@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.composition import Batch, Composition, Example, Tree, as_prefix, collate, collate_tree, unfold
+from softprompt.batch import Batch, Example, Tree, collate, collate_tree, unfold
+from softprompt.composition import Composition, as_prefix
 from softprompt.encoder_decoder import start_token
 
 UNABLE = (AssertionError, AttributeError, TypeError, ValueError, RuntimeError, LookupError)

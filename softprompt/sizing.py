@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.device import activation_bytes, memory, time_run
 from softprompt.passes import Work
 from softprompt.training import Slot, step

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.data import encode_labels, encode_targets
 from softprompt.data.tokens import Tokens
 from softprompt.errors import UserError

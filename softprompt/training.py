@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.loss import Loss, OverVocabulary
 from softprompt.parameterization import Direct, Parameterization, Residual, cap_norms
 from softprompt.passes import Passes, Work

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softprompt.composition import Tree
+from softprompt.batch import Tree
 
 Labels = Sequence[tuple[int, ...]]
 """The token ids of each label, C of them, none a prefix of another."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare, render
 from softprompt.dropout import has_dropout
 from softprompt.errors import UserError

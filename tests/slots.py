@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.loss import Loss, OverVocabulary
 from softprompt.passes import Passes
 from softprompt.training import Settings, Slot, step

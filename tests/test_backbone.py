@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from softprompt.backbone import Backbone, convert_gguf, hash_folder, hash_tensors, hash_tokenizer, pick_device
-from softprompt.composition import Example, collate, concatenate, shared_prefix
+from softprompt.batch import Example, collate
+from softprompt.composition import concatenate, shared_prefix
 from softprompt.decoder import written_out
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.errors import UserError

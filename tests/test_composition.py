@@ -15,20 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone import Backbone
-from softprompt.composition import (
-    Batch,
-    Composition,
-    Example,
-    Tree,
-    collate,
-    collate_tree,
-    compiled,
-    concatenate,
-    concatenate_left,
-    lift,
-    shared_prefix,
-    unfold,
-)
+from softprompt.batch import Batch, Example, Tree, collate, collate_tree, lift, unfold
+from softprompt.composition import Composition, compiled, concatenate, concatenate_left, shared_prefix
 from softprompt.decoder import fits, written_out
 from softprompt.encoder_decoder import encode_and_decode
 from tests.tiny import tiny_backbone, tiny_model, tiny_tokenizer

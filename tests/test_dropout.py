@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from softprompt.composition import collate, shared_prefix
+from softprompt.batch import collate
+from softprompt.composition import shared_prefix
 from softprompt.dropout import dropping_out, has_dropout
 from softprompt.training import step
 from tests.slots import FAMILY, Frozen, draw_examples, make_slot, train

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import softprompt as sp
-from softprompt.composition import Example, collate
+from softprompt.batch import Example, collate
 from softprompt.data import prepare
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.inference import Classifier

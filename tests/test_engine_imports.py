@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
-ENGINE = ["backbone", "checkpointing", "composition", "decoder", "dropout", "encoder_decoder", "errors", "generation"]
-ENGINE += ["inference", "initialization", "loss", "operations", "packages", "parameterization", "passes", "prefix"]
-ENGINE += ["probe", "prompt", "quantization", "template", "training", "trie"]
+ENGINE = ["backbone", "batch", "checkpointing", "composition", "decoder", "dropout", "encoder_decoder", "errors"]
+ENGINE += ["generation", "inference", "initialization", "likelihood", "loss", "operations", "packages"]
+ENGINE += ["parameterization", "passes", "prefix", "probe", "prompt", "quantization", "template", "training", "trie"]
 ABOVE = {
     "optuna",
     "mlflow",

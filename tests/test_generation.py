@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate, concatenate
+from softprompt.batch import Example, collate
+from softprompt.composition import concatenate
 from softprompt.errors import UserError
 from softprompt.generation import Beams, Decoding, Generator, Greedy, Lookup, Sampling, generate
 from tests.test_prompt import make_prompt

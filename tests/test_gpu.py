@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Composition, Example, collate, compiled, concatenate, shared_prefix
+from softprompt.batch import Example, collate
+from softprompt.composition import Composition, compiled, concatenate, shared_prefix
 from softprompt.decoder import written_out
 from softprompt.findings import find_device, find_model
 from softprompt.sizing import choose_slots, estimate_memory

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate, concatenate
+from softprompt.batch import Example, collate
+from softprompt.composition import concatenate
 from softprompt.errors import UserError
 from softprompt.generation import generate
 from softprompt.inference import ROWS, Classifier, Scores, by_length, pool, vote

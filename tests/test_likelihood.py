@@ -7,7 +7,8 @@ import torch
 
 from softprompt import likelihood
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate, concatenate
+from softprompt.batch import Example, collate
+from softprompt.composition import concatenate
 from softprompt.encoder_decoder import encode_and_decode
 from softprompt.likelihood import score_targets
 from softprompt.training import Settings, Slot, step

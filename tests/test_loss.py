@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example, collate, concatenate
+from softprompt.batch import Example, collate
+from softprompt.composition import concatenate
 from softprompt.inference import Classifier
 from softprompt.loss import Loss, OverLabels, OverVocabulary
 from softprompt.passes import Passes, Work

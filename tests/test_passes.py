@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Composition
+from softprompt.batch import Batch
+from softprompt.composition import Composition
 from softprompt.errors import UserError
 from softprompt.loss import Loss, OverLabels, OverVocabulary
 from softprompt.passes import Passes, Work

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Batch, Composition, Example, lift, shared_prefix
+from softprompt.batch import Batch, Example, lift
+from softprompt.composition import Composition, shared_prefix
 from softprompt.decoder import written_out
 from softprompt.errors import UserError
 from softprompt.inference import Classifier

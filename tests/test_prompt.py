@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from softprompt.composition import Example, collate
+from softprompt.batch import Example, collate
 from softprompt.errors import UserError
 from softprompt.packages import file_sha256
 from softprompt.prompt import SoftPrompt

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from softprompt.backbone import Backbone, hash_folder
-from softprompt.composition import Example, collate, concatenate
+from softprompt.batch import Example, collate
+from softprompt.composition import concatenate
 from softprompt.errors import UserError
 from softprompt.quantization import QuantizedLinear, count_parameters, quantize
 from softprompt.training import step

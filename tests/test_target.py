@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from softprompt.backbone import Backbone
+from softprompt.batch import Example
 from softprompt.comparison import INSTRUCTION, NO_PROMPT, measure_baselines, measure_prompt
-from softprompt.composition import Example
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.likelihood import score_targets

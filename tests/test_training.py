@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.training import BatchOrder, Slot, step
 from tests.slots import FAMILY, MIXED, Frozen, draw_examples, make_settings, make_slot, train
 

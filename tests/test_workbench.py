@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softprompt.backbone import Backbone
-from softprompt.composition import Example
+from softprompt.batch import Example
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.inference import Classifier

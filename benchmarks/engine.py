@@ -75,9 +75,8 @@ def measure(subject: Subject, sizes: Sizes) -> dict[str, Any]:
     grown = growth.grow(subject, sizes)
     print(f"a trial to {sizes.score:.0%} on {sizes.score_rows} validation rows", flush=True)
     raced = quality.race(subject, sizes)
-    slots = max(sizes.sides, key=lambda k: grown["K"]["ours"][str(k)])
-    print(f"a sweep of {sizes.trials} trials, ours with slots={slots}", flush=True)
-    swept = sweep.measure(subject, sizes, slots)
+    print(f"a sweep of {sizes.trials} trials", flush=True)
+    swept = sweep.measure(subject, sizes)
     print("peak memory", flush=True)
     used = memory.measure(_memory_job(subject, sizes))
     assert backbone.weights_in_memory_sha256() == before, "the frozen weights changed"

@@ -1,11 +1,11 @@
 """The wall time of a whole sweep of N short trials to equal best score, both sides by turns, trial by trial.
 
 Ours is the product's own way: `open_sweep` and `Lane`, with the study in SQLite, every trial a run in MLflow, prompts
-stored, and as many slots as the device is fastest with. The peer is Optuna around PEFT with the Trainer, in the way of
-transformers' own search: the objective trains a fresh prompt, and a callback of the Trainer reports each validation and
-raises `TrialPruned` where the study says so. To leave engine, scoring and slots as the only difference, the peer is
-given what ours uses: space, sampler, pruner and seed, every trial's start and batches, and the validation rows. Its
-study is in memory, and it tracks nothing.
+stored, and as many slots as the product chooses for the device. The peer is Optuna around PEFT with the Trainer, in the
+way of transformers' own search: the objective trains a fresh prompt, and a callback of the Trainer reports each
+validation and raises `TrialPruned` where the study says so. To leave engine, scoring and slots as the only difference,
+the peer is given what ours uses: space, sampler, pruner and seed, every trial's start and batches, and the validation
+rows. Its study is in memory, and it tracks nothing.
 
 Both are followed at every validation. What is compared is the time until each side's best score so far reaches the
 lower of the two sides' final bests, for which of them ends a little higher is luck. The times of all N trials stand
@@ -28,6 +28,7 @@ from softprompt import search
 from softprompt.evaluation import Metrics
 from softprompt.lane import Lane, TrialRecord, open_sweep
 from softprompt.progress import Lines, watched_by
+from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec, validate_experiment
 from softprompt.store import create_stores
 from softprompt.workbench import Split, Workbench
@@ -106,9 +107,9 @@ class PeerSearch:
         return max(scores)
 
 
-def measure(subject: Subject, sizes: Sizes, slots: int) -> dict[str, Any]:
+def measure(subject: Subject, sizes: Sizes) -> dict[str, Any]:
     """Both sweeps: how long each took to the same score, and to its end."""
-    bench = _Noted(shorten(subject.experiment, sizes, slots), backbone=subject.backbone)
+    bench = _Noted(shorten(subject.experiment, sizes), backbone=subject.backbone)
     bench.course = Course()
     courses, search_of_peer = {"ours": bench.course}, PeerSearch(subject.base, bench)
     courses["peft"] = search_of_peer.course
@@ -122,6 +123,7 @@ def measure(subject: Subject, sizes: Sizes, slots: int) -> dict[str, Any]:
     create_stores()
     with watched_by(Lines(lambda text: None)), bench.course.watch.running():
         Lane(bench, open_sweep(bench.experiment, bench.data, {}), on_end=take_turn).run()
+    slots = choose_slots(bench).slots
     return {"rungs": bench.experiment.rungs, "rows": sizes.trial_rows, "slots": slots, **_compare(courses)}
 
 
@@ -145,12 +147,12 @@ def _compare(courses: dict[str, Course]) -> dict[str, Any]:
     }
 
 
-def shorten(experiment: ExperimentSpec, sizes: Sizes, slots: int) -> ExperimentSpec:
+def shorten(experiment: ExperimentSpec, sizes: Sizes) -> ExperimentSpec:
     """The experiment with trials that two CPU cores have time for, for the peer as well."""
     first, steps = sizes.rungs
     tree = experiment.model_dump(mode="json")
     tree["training"] |= {"steps": steps, "warmup_steps": steps // 16}
     tree["search"] |= {"pruner": {"kind": "halving", "first_rung": first, "factor": 2}}
     tree["splits"] |= {"validation": sizes.trial_rows}
-    tree |= {"budget": {"trials": sizes.trials}, "execution": tree["execution"] | {"slots": slots}}
+    tree |= {"budget": {"trials": sizes.trials}}
     return validate_experiment(tree, "the benchmark's sweep")

@@ -82,7 +82,7 @@ class _NormedProducts(torch.autograd.Function):
         x, scale, weight, *matrices = ctx.saved_tensors
         total = gradients[0] @ matrices[0]
         for gradient, matrix in zip(gradients[1:], matrices[1:], strict=True):
-            total.addmm_(gradient, matrix)
+            total = torch.addmm(total, gradient, matrix)
         return _norm_back(total, x, scale, weight), *[None] * (2 + 2 * len(matrices))
 
 

@@ -124,7 +124,7 @@ def test_the_sides_race_over_the_same_steps(subject):
 
 
 def test_both_sweeps_try_the_same(subject):
-    result = sweep.measure(subject, TINY, slots=1)
+    result = sweep.measure(subject, TINY)
     assert result["ours"]["best"] == pytest.approx(result["peft"]["best"], abs=ROW)
     for side in ("ours", "peft"):
         assert result[side]["best"] == max(score for _, score in result[side]["curve"]) >= result["score"]

@@ -1,7 +1,8 @@
 """How many prompts a lane trains side by side (K), and the memory that this takes: measured, not looked up.
 
-A trial's result does not depend on K, so K may differ from machine to machine. On a CPU more prompts side by side are
-slower, and K is 1 without a measurement. On a GPU K is doubled while that gains something and the memory allows it.
+A trial's result does not depend on K, so K may differ from machine to machine. On a CPU more prompts side by side
+gain little and every score comes later, so K is 1 without a measurement. On a GPU K is doubled while that gains
+something and the memory allows it.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ def choose_slots(bench: Workbench) -> Choice:
     if asked != "auto":
         return Choice(asked, "as execution.slots says")
     if device.type == "cpu":
-        return Choice(1, "as more side by side are slower on a CPU")
+        return Choice(1, "as on a CPU more gain little and every score comes later")
     fitting = max(1, int(_SHARE * memory(device)[0] / estimate_memory(bench).of_a_slot))
     return try_slots(lambda slots: _measure_rate(bench, slots), fitting=fitting, most=min(_MOST, trials or _MOST))
 

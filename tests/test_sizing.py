@@ -47,7 +47,7 @@ def test_a_number_is_taken_as_it_is(tmp_path: Path):
 
 
 def test_a_cpu_trains_one_at_a_time_without_a_measurement(tmp_path: Path):
-    assert choose_slots(make_bench(tmp_path)) == Choice(1, "as more side by side are slower on a CPU")
+    assert choose_slots(make_bench(tmp_path)) == Choice(1, "as on a CPU more gain little and every score comes later")
 
 
 def test_prompts_that_are_measured_are_trained_as_any(tmp_path: Path):

@@ -98,7 +98,7 @@ def test_training_over_labels_makes_the_right_one_win(frozen: Frozen, kind: str)
     assert np.mean(after.predicted == least) > 0.5 > np.mean(before.predicted == least)
 
 
-def test_slots_of_different_objectives_train_side_by_side(frozen: Frozen) -> None:
+def test_slots_of_different_losses_train_side_by_side(frozen: Frozen) -> None:
     backbone = frozen()
     examples = draw_examples(SHARING, 20)
     kinds = OverVocabulary(), OverLabels(backbone, SHARING)

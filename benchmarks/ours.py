@@ -33,7 +33,7 @@ def infer(backbone: Backbone, prompt: Tensor, inputs: list[tuple[int, ...]], lab
 
 def validate(subject: Subject, start: Start, every: int, rows: Rows) -> Iterator[Point]:
     """Train, and yield after every so many steps; what happens between two of these points is not counted."""
-    (inputs, gold), labels = rows, list(subject.bench.labels.values())
+    (inputs, gold), labels = rows, list(subject.bench.target.labels.values())
     slot, watch = start.slot(subject.backbone.device), Stopwatch()
     while not slot.finished:
         with watch.running():

@@ -22,7 +22,7 @@ class Subject:
         self.folder = locate(experiment.model, cache_home())
         self.bench = Workbench(experiment)
         self.backbone = self.bench.backbone
-        self.labels = list(self.bench.labels.values())
+        self.labels = list(self.bench.target.labels.values())
 
     @cached_property
     def base(self) -> PreTrainedModel:
@@ -47,5 +47,5 @@ class Subject:
 
 def gold(bench: Workbench, split: Split) -> list[int]:
     """Index of each row's label among the experiment's."""
-    order = list(bench.labels)
+    order = list(bench.target.labels)
     return [order.index(answer) for answer in split.answers]

@@ -93,7 +93,7 @@ class PeerSearch:
         params = search.suggest(trial, experiment.search)
         slot = self._bench.start(params, seed=[experiment.seed, trial.number])
         start = Start(slot.prompt.detach().cpu(), self._bench.examples, slot.settings)
-        model, labels, scores = peer.wrap(self._base, start.prompt), list(self._bench.labels.values()), [0.0]
+        model, labels, scores = peer.wrap(self._base, start.prompt), list(self._bench.target.labels.values()), [0.0]
         rows = split.inputs, gold(self._bench, split)
 
         def validate(steps: int) -> None:

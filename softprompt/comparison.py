@@ -27,7 +27,7 @@ OTHER_SPLITS = "other splits: may have seen test rows"
 def measure_baselines(bench: Workbench) -> dict[str, Metrics]:
     """The systems without a soft prompt, on the test split; free text is for the frozen model alone."""
     systems: dict[str, Metrics] = {}
-    if bench.labels:
+    if bench.target.labels:
         systems = {MAJORITY: _measure_majority(bench), TFIDF: _measure_tfidf(bench)}
     return {
         **systems,

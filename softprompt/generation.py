@@ -204,22 +204,6 @@ class Generator:
         return tuple(line[: next((n for n, token in enumerate(line) if token in ends), len(line))])
 
 
-def generate(
-    backbone: Backbone,
-    prompts: Sequence[Tensor],
-    inputs: Sequence[Sequence[int]],
-    owner: Sequence[int] | None = None,
-    *,
-    max_new_tokens: int,
-    decoding: Decoding = _GREEDY,
-    cache: Literal["dynamic", "static"] = "dynamic",
-    rows: int = ROWS,
-) -> list[tuple[int, ...]]:
-    """Continue N inputs once, after K prompts `[P_k, H]`; the rest is said at `Generator.generate`."""
-    generator = Generator(backbone, prompts)
-    return generator.generate(inputs, owner, max_new_tokens=max_new_tokens, decoding=decoding, cache=cache, rows=rows)
-
-
 def _special_tokens(backbone: Backbone) -> dict[str, Any]:
     """The tokens that begin, end and pad a text, all that is taken from a checkpoint's own settings."""
     own: Any = backbone.model.generation_config

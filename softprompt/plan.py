@@ -39,7 +39,7 @@ def plan_evaluation(bench: Workbench) -> dict[str, str]:
 def _describe_materials(bench: Workbench) -> dict[str, str]:
     experiment, data, backbone = bench.experiment, bench.data, bench.backbone
     cut = f"{sum(bench.split(name).cut for name in data.sizes)} inputs"
-    if not bench.labels:
+    if not bench.target.labels:
         cut += f" and {bench.targets_cut} texts"
     parameters = count_parameters(backbone.model)
     return {

@@ -8,7 +8,7 @@ from softprompt.backbone import Backbone
 from softprompt.data import encode_inputs, encode_labels
 from softprompt.data.tokens import Tokens
 from softprompt.errors import UserError
-from softprompt.generation import generate
+from softprompt.generation import Generator
 from softprompt.inference import Classifier
 from softprompt.loading import load_base
 from softprompt.prompt import SoftPrompt
@@ -106,7 +106,7 @@ class Writer(_Reader):
     def write(self, rows: Sequence[Row]) -> list[str]:
         """The most likely text for N rows, token by token; UserError names the row that lacks a column."""
         vectors, most = self.prompt.vectors.to(self._backbone.device), self.prompt.max_new_tokens
-        written = generate(self._backbone, [vectors], self._encode(rows), max_new_tokens=most)
+        written = Generator(self._backbone, [vectors]).generate(self._encode(rows), max_new_tokens=most)
         return [self._decode(ids) for ids in written]
 
     def cells(self, rows: Sequence[Row]) -> list[list[str]]:

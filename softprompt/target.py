@@ -25,6 +25,10 @@ class Target(Protocol):
     """What stands behind an input."""
 
     @property
+    def labels(self) -> dict[str, Tokens]:
+        """The tokens of each label; free text has none."""
+
+    @property
     def longest(self) -> int:
         """The most tokens that a target may have."""
 
@@ -58,13 +62,14 @@ class LabelTarget:
     def __init__(self, backbone: Backbone, words: Mapping[str, str]) -> None:
         self._backbone = backbone
         self._words = dict(words)
-        self._labels = encode_labels(words, backbone.tokenizer, apart=backbone.is_encoder_decoder)
-        self._order = {label: n for n, label in enumerate(self._labels)}
+        self.labels = encode_labels(words, backbone.tokenizer, apart=backbone.is_encoder_decoder)
+        """The tokens of each label."""
+        self._order = {label: n for n, label in enumerate(self.labels)}
 
     @property
     def longest(self) -> int:
         """The tokens of the longest label."""
-        return max(map(len, self._labels.values()))
+        return max(map(len, self.labels.values()))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -73,11 +78,11 @@ class LabelTarget:
 
     def encode(self, answers: Sequence[str]) -> tuple[list[Tokens], int]:
         """The tokens of each row's label; none is ever cut."""
-        return [self._labels[answer] for answer in answers], 0
+        return [self.labels[answer] for answer in answers], 0
 
     def measure(self, prompt: Tensor, inputs: Sequence[Tokens], answers: Sequence[str]) -> LabelMetrics:
         """All labels are scored for every input."""
-        scores = Classifier(self._backbone, prompt, list(self._labels.values())).score(inputs)
+        scores = Classifier(self._backbone, prompt, list(self.labels.values())).score(inputs)
         _require_numbers(scores.log_probabilities)
         return measure_scores([self._order[answer] for answer in answers], scores)
 
@@ -100,6 +105,8 @@ class TextTarget:
         self._before = before
         self.longest = max_new_tokens
         """The most tokens of a target, its end included."""
+        self.labels: dict[str, Tokens] = {}
+        """None."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.backbone import Backbone
 from softprompt.batch import Example
-from softprompt.data import SPLITS, PreparedData, encode_inputs, encode_labels, prepare, render
+from softprompt.data import SPLITS, PreparedData, encode_inputs, prepare, render
 from softprompt.dropout import has_dropout
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics
@@ -56,10 +56,6 @@ class Workbench:
             compile=experiment.execution.compile,
         )
         self.backbone = backbone.placed(experiment.prompt_position)
-        self.labels = encode_labels(
-            experiment.labels.words, self.backbone.tokenizer, apart=self.backbone.is_encoder_decoder
-        )
-        """The tokens of each label; free text has none."""
         self.target = open_target(experiment.labels, self.backbone)
         self._splits: dict[tuple[str, str, int, str], Split] = {}
         if "prefix_tuning" in experiment.search.methods:
@@ -124,7 +120,7 @@ class Workbench:
     def loss(self) -> Loss:
         """What every prompt is trained for."""
         if self.experiment.training.loss == "labels":
-            return OverLabels(self.backbone, list(self.labels.values()))
+            return OverLabels(self.backbone, list(self.target.labels.values()))
         return OverVocabulary()
 
     @cached_property
@@ -198,13 +194,13 @@ class Workbench:
 
     def _initial(self, params: dict[str, Any], seed: int) -> Tensor:
         kind, length = params["initialization"], params["length"]
-        known = [name for name in STRATEGIES if name != "labels" or self.labels]
+        known = [name for name in STRATEGIES if name != "labels" or self.target.labels]
         if kind not in known:
             raise UserError(f"params: no initialization {kind!r}; use one of {', '.join(known)}")
         generator = torch.Generator().manual_seed(seed)
         own = {k.partition(".")[2]: v for k, v in params.items() if k.startswith(f"{kind}.")}
         if kind == "labels":
-            own["words"] = list(self.labels.values())
+            own["words"] = list(self.target.labels.values())
         vectors = STRATEGIES[kind](self.backbone, length, generator, **own)
         return self._to_method(vectors, params.get("method", "prompt_tuning"))
 

@@ -45,8 +45,8 @@ def prompt(bench) -> SoftPrompt:
 
 def classified(bench: Workbench, vectors: torch.Tensor, split: Split) -> LabelMetrics:
     """Metrics of a prompt by way of the classifier."""
-    scores = Classifier(bench.backbone, vectors, list(bench.labels.values())).score(split.inputs)
-    return measure_scores([list(bench.labels).index(answer) for answer in split.answers], scores)
+    scores = Classifier(bench.backbone, vectors, list(bench.target.labels.values())).score(split.inputs)
+    return measure_scores([list(bench.target.labels).index(answer) for answer in split.answers], scores)
 
 
 def with_instruction(bench: Workbench, instruction: str) -> Workbench:

@@ -166,7 +166,7 @@ def test_peft_opens_the_folder_and_computes_the_same(bench: sp.Workbench, tmp_pa
     found = config["task_type"], config["num_virtual_tokens"], config["num_transformer_submodules"]
     assert found == ("SEQ_2_SEQ_LM", 4, 2)
     peft = PeftModel.from_pretrained(tiny_model(base.model.config.model_type), str(folder)).eval()
-    texts, target = ["Review: a great film\nSentiment:", "Review: dull\nSentiment:"], bench.labels["positive"]
+    texts, target = ["Review: a great film\nSentiment:", "Review: dull\nSentiment:"], bench.target.labels["positive"]
     told = base.tokenizer(texts, padding=True, return_tensors="pt")
     decoded = torch.tensor([[base.model.generation_config.decoder_start_token_id, *target[:-1]]] * 2)
     inputs = base.tokenizer(texts)["input_ids"]

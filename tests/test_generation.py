@@ -20,7 +20,7 @@ from softprompt.backbone import Backbone
 from softprompt.batch import Example, collate
 from softprompt.composition import concatenate
 from softprompt.errors import UserError
-from softprompt.generation import Beams, Decoding, Generator, Greedy, Lookup, Sampling, generate
+from softprompt.generation import Beams, Decoding, Generator, Greedy, Lookup, Sampling
 from tests.test_prompt import make_prompt
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
@@ -92,7 +92,7 @@ def test_greedy_is_a_plain_loop(kind: str, kept: Any) -> None:
     base = backbone(kind)
     expected = [continue_plainly(base, PROMPTS[k], row) for row, k in zip(INPUTS, OWNER, strict=True)]
     assert len(set(map(len, expected))) > 1  # some end by themselves
-    assert generate(base, PROMPTS, INPUTS, OWNER, max_new_tokens=NEW, cache=kept) == expected
+    assert Generator(base, PROMPTS).generate(INPUTS, OWNER, max_new_tokens=NEW, cache=kept) == expected
 
 
 @pytest.mark.parametrize("kept", CACHES)
@@ -108,7 +108,7 @@ def test_beams_are_a_plain_search(kind: str, penalty: float, kept: Any) -> None:
 
     expected = [search(PROMPTS[k], row) for row, k in zip(INPUTS, OWNER, strict=True)]
     beams = Beams(3, length_penalty=penalty)
-    assert generate(base, PROMPTS, INPUTS, OWNER, max_new_tokens=NEW, decoding=beams, cache=kept) == expected
+    assert Generator(base, PROMPTS).generate(INPUTS, OWNER, max_new_tokens=NEW, decoding=beams, cache=kept) == expected
 
 
 @pytest.mark.parametrize("kept", CACHES)
@@ -132,7 +132,7 @@ def test_samples_are_a_plain_loop_over_the_likeliest_tokens(kind: str, kept: Any
     inputs, owner = [*INPUTS, *INPUTS[:2]], [*OWNER, *OWNER[:2]]
     expected = [draw(n, PROMPTS[k], row) for n, (row, k) in enumerate(zip(inputs, owner, strict=True))]
     sampling = Sampling(5, **how)
-    said = generate(base, PROMPTS, inputs, owner, max_new_tokens=NEW, decoding=sampling, cache=kept)
+    said = Generator(base, PROMPTS).generate(inputs, owner, max_new_tokens=NEW, decoding=sampling, cache=kept)
     assert said == expected
     assert said[0] != said[5]  # the same input again goes on otherwise
 
@@ -140,7 +140,9 @@ def test_samples_are_a_plain_loop_over_the_likeliest_tokens(kind: str, kept: Any
 def test_samples_have_the_models_distribution() -> None:
     base, count = tiny_backbone("gpt2"), 3000
     shares = (next_logits(base, PROMPTS[0], INPUTS[0]) / 0.5).softmax(0)
-    said = generate(base, PROMPTS, [INPUTS[0]] * count, max_new_tokens=1, decoding=Sampling(0, temperature=0.5))
+    said = Generator(base, PROMPTS).generate(
+        [INPUTS[0]] * count, max_new_tokens=1, decoding=Sampling(0, temperature=0.5)
+    )
     found = Counter(line[0] if line else 2 for line in said)
     assert len(found) > 20
     for token, share in enumerate(shares.tolist()):
@@ -150,18 +152,18 @@ def test_samples_have_the_models_distribution() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mamba"])
 def test_prompt_lookup_is_greedy(kind: str) -> None:
     base = backbone(kind)
-    expected = generate(base, PROMPTS, INPUTS, OWNER, max_new_tokens=NEW)
-    assert generate(base, PROMPTS, INPUTS, OWNER, max_new_tokens=NEW, decoding=Lookup(3)) == expected
+    expected = Generator(base, PROMPTS).generate(INPUTS, OWNER, max_new_tokens=NEW)
+    assert Generator(base, PROMPTS).generate(INPUTS, OWNER, max_new_tokens=NEW, decoding=Lookup(3)) == expected
 
 
 def test_prompt_lookup_takes_fewer_passes_where_the_text_repeats_itself() -> None:
     base = tiny_backbone("gemma")
     steps: list[int] = []
     base.model.model.layers[0].register_forward_hook(lambda module, args, output: steps.append(args[0].shape[1]))
-    (said,) = generate(base, PROMPTS, INPUTS[1:2], max_new_tokens=20)
+    (said,) = Generator(base, PROMPTS).generate(INPUTS[1:2], max_new_tokens=20)
     greedy = len(steps)
     assert len(set(said)) < 3
-    assert generate(base, PROMPTS[:1], INPUTS[1:2], max_new_tokens=20, decoding=Lookup()) == [said]
+    assert Generator(base, PROMPTS[:1]).generate(INPUTS[1:2], max_new_tokens=20, decoding=Lookup()) == [said]
     assert len(steps) - greedy < greedy / 2
 
 
@@ -194,16 +196,16 @@ def test_a_checkpoints_own_habits_change_nothing(kind: str) -> None:
     base.model.generation_config.update(**habits, suppress_tokens=list(range(10, 200)))
     before = base.model.generation_config.to_dict()
     expected = [continue_plainly(base, PROMPTS[0], row) for row in INPUTS]
-    assert generate(base, PROMPTS, INPUTS, max_new_tokens=NEW) == expected
+    assert Generator(base, PROMPTS).generate(INPUTS, max_new_tokens=NEW) == expected
     assert base.model.generation_config.to_dict() == before
 
 
 def test_the_end_is_the_tokenizers_too() -> None:
     base = tiny_backbone()
     base.model.generation_config.eos_token_id = None
-    said = generate(base, PROMPTS, INPUTS, OWNER, max_new_tokens=NEW)
+    said = Generator(base, PROMPTS).generate(INPUTS, OWNER, max_new_tokens=NEW)
     base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(said[0][3])
-    assert generate(base, PROMPTS, INPUTS, OWNER, max_new_tokens=NEW)[0] == said[0][:3]
+    assert Generator(base, PROMPTS).generate(INPUTS, OWNER, max_new_tokens=NEW)[0] == said[0][:3]
 
 
 @pytest.mark.parametrize("kept", CACHES)
@@ -248,13 +250,13 @@ def test_passes_are_bounded_in_rows_and_beams() -> None:
 def test_generating_leaves_prompts_and_weights_as_they_are() -> None:
     base, prompts = tiny_backbone(), [torch.nn.Parameter(prompt) for prompt in draw_prompts(3, 8)]
     before = [prompt.detach().clone() for prompt in prompts]
-    generate(base, prompts, INPUTS, [0, 1, 1, 0, 0], max_new_tokens=3)
+    Generator(base, prompts).generate(INPUTS, [0, 1, 1, 0, 0], max_new_tokens=3)
     assert all(map(torch.equal, prompts, before))
     assert base.weights_in_memory_sha256() == base.weights_sha256
 
 
 def test_no_rows_have_no_continuations() -> None:
-    assert generate(backbone("llama"), PROMPTS, [], max_new_tokens=3) == []
+    assert Generator(backbone("llama"), PROMPTS).generate([], max_new_tokens=3) == []
 
 
 _PAIR: dict[str, Any] = {"vocab_size": 384, "d_model": 32, "eos_token_id": 2, "pad_token_id": 0}
@@ -294,7 +296,10 @@ def test_an_encoder_reads_the_prompt_before_the_input(kind: str, decoding: Decod
 
     expected = [search(PROMPTS[k], row) for row, k in zip(INPUTS, OWNER, strict=True)]
     for kept in CACHES if not isinstance(decoding, Lookup) else CACHES[:1]:
-        assert generate(base, PROMPTS, INPUTS, OWNER, max_new_tokens=NEW, decoding=decoding, cache=kept) == expected
+        assert (
+            Generator(base, PROMPTS).generate(INPUTS, OWNER, max_new_tokens=NEW, decoding=decoding, cache=kept)
+            == expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -316,15 +321,15 @@ def test_a_call_that_cannot_be_is_refused(call: dict[str, Any], message: str) ->
 
 
 def test_a_model_that_has_just_as_many_positions_is_enough() -> None:
-    (said,) = generate(tiny_backbone("gpt2", n_positions=14), PROMPTS, INPUTS[:1], max_new_tokens=7)
+    (said,) = Generator(tiny_backbone("gpt2", n_positions=14), PROMPTS).generate(INPUTS[:1], max_new_tokens=7)
     assert len(said) == 7
     with pytest.raises(UserError, match="the model has 13"):
-        generate(tiny_backbone("gpt2", n_positions=13), PROMPTS, INPUTS[:1], max_new_tokens=7)
+        Generator(tiny_backbone("gpt2", n_positions=13), PROMPTS).generate(INPUTS[:1], max_new_tokens=7)
 
 
 def test_a_model_that_cannot_take_guesses_back_is_told() -> None:
     with pytest.raises(UserError, match="takes guesses back"):
-        generate(backbone("mamba"), PROMPTS, INPUTS, max_new_tokens=3, decoding=Lookup())
+        Generator(backbone("mamba"), PROMPTS).generate(INPUTS, max_new_tokens=3, decoding=Lookup())
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:

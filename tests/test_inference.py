@@ -13,7 +13,7 @@ from softprompt.backbone import Backbone
 from softprompt.batch import Example, collate
 from softprompt.composition import concatenate
 from softprompt.errors import UserError
-from softprompt.generation import generate
+from softprompt.generation import Generator
 from softprompt.inference import ROWS, Classifier, Scores, by_length, pool, vote
 from softprompt.trie import Labels
 from tests.tiny import tiny_backbone
@@ -212,7 +212,7 @@ def test_an_owner_that_is_not_there_is_refused(owner: list[int], message: str) -
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma", "falcon", "mistral", "bloom", "mamba"])
 def test_an_output_is_legal_where_free_greedy_decoding_says_a_label(kind: str) -> None:
     base, inputs = backbone(kind), draw_inputs(60)
-    said = generate(base, SEVERAL_PROMPTS[:1], inputs, max_new_tokens=3)
+    said = Generator(base, SEVERAL_PROMPTS[:1]).generate(inputs, max_new_tokens=3)
     # Labels of one, two and three tokens that are said somewhere, and others that begin alike and end otherwise.
     spelt = {line[:length] for line, length in zip(said[:18], 6 * (1, 2, 3), strict=True) if len(line) >= length}
     labels = [label for label in spelt if not any(label[:n] in spelt for n in range(1, len(label)))]

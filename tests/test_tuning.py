@@ -47,7 +47,7 @@ def test_a_trial_is_scored_at_its_rungs_and_keeps_its_best(bench: Workbench) -> 
     assert tuning.best is not None
     assert tuning.best.metrics.score == max(found)
     assert tuning.best.step in (3, 6, 12)
-    split, labels = bench.split("validation"), bench.labels
+    split, labels = bench.split("validation"), bench.target.labels
     scores = Classifier(bench.backbone, tuning.prompt().vectors, list(labels.values())).score(split.inputs)
     assert measure_scores([list(labels).index(answer) for answer in split.answers], scores) == tuning.best.metrics
 
@@ -104,7 +104,7 @@ def test_a_prompt_after_the_first_token_is_trained_measured_and_served_there(tmp
 
     embeds = plain.model.get_input_embeddings()(torch.tensor([plain.tokenizer.encode("Review: dull\nSentiment:")]))[0]
     joined = torch.cat([embeds[:1], prompt.vectors, embeds[1:]])
-    words = [ids[0] for ids in placed.labels.values()]
+    words = [ids[0] for ids in placed.target.labels.values()]
     with torch.no_grad():
         expected = plain.model(inputs_embeds=joined[None]).logits[0, -1, words].softmax(0)
     (answer,) = Predictor(plain, prompt).predict([{"text": "dull"}])

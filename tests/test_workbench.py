@@ -60,7 +60,7 @@ def test_a_template_without_room_is_told_before_anything_is_trained(tmp_path: Pa
 def test_examples_end_with_the_tokens_of_their_label(bench: Workbench) -> None:
     split = bench.split("train")
     assert len(bench.examples) == 140
-    assert bench.examples[5] == Example(split.inputs[5], bench.labels[split.answers[5]])
+    assert bench.examples[5] == Example(split.inputs[5], bench.target.labels[split.answers[5]])
 
 
 PARAMS: list[dict[str, Any]] = [
@@ -93,7 +93,7 @@ def test_a_prefix_starts_as_the_soft_prompt_of_its_initialization(bench: Workben
     assert prefix.prompt.shape == (2, 2, 2, 9, 8)
     assert prefix.next_examples() == soft.next_examples()
     inputs = bench.split("train").inputs[:20]
-    labels = list(bench.labels.values())
+    labels = list(bench.target.labels.values())
     classifiers = [Classifier(bench.backbone, slot.prompt, labels) for slot in (soft, prefix)]
     expected, found = (classifier.score(inputs).log_probabilities for classifier in classifiers)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -180,7 +180,7 @@ def test_prompt_input_and_label_fit_into_the_model(bench: Workbench, kind: str) 
         training = bench.experiment.training.model_copy(update={"max_tokens": max_tokens})
         Workbench(bench.experiment.model_copy(update={"training": training}), bench.data, tiny_backbone(kind))
 
-    label = max(map(len, bench.labels.values()))
+    label = max(map(len, bench.target.labels.values()))
     try_with(256 - 8 - label)
     told = rf"search\.length: up to 8 vectors, training\.max_tokens={249 - label} .* 257 positions, .* has 256; lower"
     with pytest.raises(UserError, match=told):
@@ -196,8 +196,10 @@ def test_an_instruction_that_leaves_no_room_is_told_before_anything_is_trained(b
 
 def test_an_empty_prompt_scores_the_model_itself(bench: Workbench) -> None:
     inputs = bench.split("validation").inputs[:3]
-    scores = Classifier(bench.backbone, torch.zeros(0, 32), list(bench.labels.values())).score(inputs)
+    scores = Classifier(bench.backbone, torch.zeros(0, 32), list(bench.target.labels.values())).score(inputs)
     for row, found in zip(inputs, scores.log_probabilities, strict=True):
         with torch.no_grad():
             expected = bench.backbone.model(torch.tensor([row])).logits[0, -1].log_softmax(0)
-        assert found.tolist() == pytest.approx([expected[ids[0]].item() for ids in bench.labels.values()], rel=1e-4)
+        assert found.tolist() == pytest.approx(
+            [expected[ids[0]].item() for ids in bench.target.labels.values()], rel=1e-4
+        )

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from softprompt.spec import ExperimentSpec
     from tasks.evaluate import Evaluation
 
+_GOES_ON = "stopped; everything so far is saved, and the same command goes on with it"
+
 app = typer.Typer(
     name="softprompt",
     no_args_is_help=True,
@@ -53,9 +55,17 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate data and model
 
 
 @app.command()
-def sweep(experiment: Experiment, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Search for the best prompt, measure it on the test split, and register it."""
-    with _one_sentence():
+def sweep(
+    experiment: Experiment,
+    overrides: Overrides = None,
+    new: Annotated[bool, typer.Option("--new", help="Give up an interrupted sweep, and begin anew.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Search for the best prompt, measure it on the test split, and register it.
+
+    A sweep of the same experiment that was interrupted is gone on with.
+    """
+    with _one_sentence(_GOES_ON):
         spec = _read(experiment, overrides)
         if dry_run:
             _print_plan(spec)
@@ -65,7 +75,7 @@ def sweep(experiment: Experiment, overrides: Overrides = None, dry_run: DryRun =
         from flows.terminal import shown
 
         with shown():
-            result = run(spec)
+            result = run(spec, new)
         _print_systems(result.evaluation.systems)
         _print_decision(result.decision)
 
@@ -81,7 +91,7 @@ def tune(
 
     It is the first of search.start; where that is empty, what the search would try first.
     """
-    with _one_sentence():
+    with _one_sentence(_GOES_ON):
         spec = _read(experiment, overrides)
         _require_new(out)
         if dry_run:
@@ -281,17 +291,21 @@ def _print_systems(systems: "dict[str, Metrics]") -> None:
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def _one_sentence(stopped: str = "stopped; nothing is left half-done") -> Iterator[None]:
     try:
         yield
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("stopped; what had ended is kept", 130)
+        _fail(stopped, 130)
     except (typer.Exit, SystemExit):
         raise
     except Exception as error:
         _fail(_explain(error), 1)
+    except BaseException as error:
+        if type(error).__name__ != "TerminationSignal":  # Prefect's, for SIGTERM; it is imported only where a flow runs
+            raise
+        _fail(stopped, 143)
 
 
 def _explain(error: Exception) -> str:

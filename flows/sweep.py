@@ -4,9 +4,10 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from flows.records import close_cancelled, close_failed
-from softprompt.lane import Sweep, TrialRecord
 from softprompt.registry import Decision
 from softprompt.spec import ExperimentSpec
+from softprompt.sweep import Sweep, driving
+from softprompt.trials import TrialRecord
 from tasks import (
     evaluate_baselines,
     evaluate_prompts,
@@ -38,17 +39,21 @@ class SweepResult(BaseModel):
     on_crashed=[close_failed],
     on_cancellation=[close_cancelled],
 )
-def sweep(experiment: ExperimentSpec) -> SweepResult:
+def sweep(experiment: ExperimentSpec, new: bool = False) -> SweepResult:
     """Search for the best soft prompt of an experiment, measure it on the untouched test split, and register it.
+
+    A sweep of the same experiment and data that was interrupted is gone on with.
 
     Args:
         experiment: The frozen model, the dataset and what to search for.
+        new: Whether to give up an interrupted sweep, and begin anew.
     """
     data = prepare_data(experiment)
-    study = open_study(experiment, data)
-    trials = tune_prompts(experiment, data, study)
-    show_trials(experiment, trials)
-    baselines = evaluate_baselines(experiment, data)
-    evaluation = evaluate_prompts(experiment, data, study, baselines)
-    decision = register_prompt(experiment, study, evaluation)
+    study = open_study(experiment, data, new)
+    with driving(study):
+        trials = tune_prompts(experiment, data, study)
+        show_trials(experiment, trials)
+        baselines = evaluate_baselines(experiment, data)
+        evaluation = evaluate_prompts(experiment, data, study, baselines)
+        decision = register_prompt(experiment, study, evaluation)
     return SweepResult(sweep=study, trials=trials, evaluation=evaluation, decision=decision)

@@ -7,6 +7,7 @@ from prefect import flow
 
 from flows.records import close_cancelled, close_failed
 from softprompt.spec import ExperimentSpec
+from softprompt.sweep import driving
 from tasks import close_study, evaluate_baselines, evaluate_prompts, open_study, prepare_data, show_trials, tune_prompts
 from tasks.evaluate import Evaluation
 
@@ -28,8 +29,9 @@ def tune(experiment: ExperimentSpec) -> Evaluation:
     single = experiment.with_one_trial()
     data = prepare_data(single)
     study = open_study(single, data)
-    show_trials(single, tune_prompts(single, data, study))
-    baselines = evaluate_baselines(single, data)
-    evaluation = evaluate_prompts(single, data, study, baselines)
-    close_study(single, study)
+    with driving(study):
+        show_trials(single, tune_prompts(single, data, study))
+        baselines = evaluate_baselines(single, data)
+        evaluation = evaluate_prompts(single, data, study, baselines)
+        close_study(single, study)
     return evaluation

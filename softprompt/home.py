@@ -46,6 +46,11 @@ def artifact_root() -> Path:
     return state_home() / "artifacts"
 
 
+def checkpoint_home() -> Path:
+    """Where the states of trials under way are: `SOFTPROMPT_CHECKPOINTS`, as on a disk that lanes share, else ours."""
+    return Path(os.environ.get("SOFTPROMPT_CHECKPOINTS") or state_home() / "sweeps").absolute()
+
+
 def study_storage() -> str:
     """The user's `SOFTPROMPT_STORAGE` (any Optuna storage URL), else a SQLite file in the state folder."""
     return os.environ.get("SOFTPROMPT_STORAGE") or f"sqlite:///{state_home() / 'optuna.db'}"

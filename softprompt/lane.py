@@ -1,81 +1,54 @@
 """A lane: one device, one frozen model, trials of a shared study until the budget ends.
 
-A lane asks the study for trials, trains K of them side by side, scores each at its rungs, prunes, records, and refills
-the slots. Lanes meet only in the study's storage and in the tracking server.
+A lane asks the study for trials, trains K of them side by side, scores each at its rungs, prunes, records, and refills the
+slots. Lanes meet only in the study's storage and in the tracking server. What a lane has to do survives it: a trial
+belongs to the lane that holds its lease, its state is in its checkpoints before anyone is told of it, and whoever claims
+it after a death goes on from there.
 """
 
-import contextlib
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
-from uuid import uuid4
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict
 
 from softprompt import search
-from softprompt.data import PreparedData
-from softprompt.home import state_home, study_storage
-from softprompt.objective import Objective
+from softprompt.checkpoint import Checkpoints, Ending, identity_of
+from softprompt.delivery import Delivery, TrialReport
+from softprompt.errors import UserError
+from softprompt.home import checkpoint_home
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
-from softprompt.spec import ExperimentSpec
-from softprompt.tracking import BEST_VAL, PROMPT, SECONDS, Outcome, Tracker
+from softprompt.stopping import Stop, stoppable
+from softprompt.storage import study_store
+from softprompt.sweep import HopelessSweep, Sweep, open_ledger
+from softprompt.tracking import Outcome, Tracker
 from softprompt.training import step
-from softprompt.tuning import Tuning
+from softprompt.trials import PARAMS, TrialRecord, describe_end, ending_of, record_of, tell
+from softprompt.tuning import Tuning, describe
 from softprompt.workbench import Workbench
 
-
-class Sweep(BaseModel):
-    """Where a sweep's records are: what every lane needs to join it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    """Name of the Optuna study and of the parent run."""
-    run_id: str
-    """MLflow id of the parent run."""
-    tags: dict[str, str]
-    """What every run of the sweep carries beside its own tags."""
-
-
-class TrialRecord(BaseModel):
-    """How a trial ended."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    number: int
-    title: str
-    outcome: Outcome
-    reason: str
-    score: float | None
-    """Best score on the validation split, as the experiment's objective has it."""
-    steps: int
-    seconds: float
-    run_id: str
-
-
-def open_sweep(experiment: ExperimentSpec, data: PreparedData, tags: dict[str, str]) -> Sweep:
-    """Create the study and the parent run of a new sweep."""
-    # Two sweeps may begin in one second.
-    name = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
-    tracker = Tracker(experiment)
-    search.create_study(name, study_storage(), experiment)
-    return Sweep(name=name, run_id=tracker.start_sweep(name, experiment, data, tags), tags=tags)
+_POLL = 1.0
+"""Seconds between two looks at the trials of other lanes."""
 
 
 @dataclass
 class _Running:
-    """A trial in a slot, with its handles in the study and in the tracker."""
+    """A trial in a slot, with its handles in the study and on disk."""
 
     trial: optuna.Trial
     tuning: Tuning
-    run_id: str
-    logged: int = field(default=0)
+    checkpoints: Checkpoints
+    saved: float = field(default_factory=time.monotonic)
+    """When its state was last saved."""
+
+    @property
+    def number(self) -> int:
+        return self.tuning.number
 
 
 class Lane:
@@ -92,52 +65,98 @@ class Lane:
         self._experiment = bench.experiment
         self._objective = bench.experiment.labels.objective
         self._sweep = sweep
+        self._ledger = open_ledger()
+        self._study = search.load_study(sweep.name, study_store(), bench.experiment)
         self._tracker = Tracker(bench.experiment)
-        self._study = search.load_study(sweep.name, study_storage(), bench.experiment)
+        self._delivered: SimpleQueue[TrialReport] = SimpleQueue()
+        self._delivery = Delivery(self._tracker, sweep, bench.data, self._delivered.put)
         self._on_end = on_end
         self._slots = 1
         """K, the trials side by side at the most; chosen when the lane begins."""
         self._running: list[_Running] = []
+        self._undelivered: dict[int, Checkpoints] = {}
+        """Trials that have ended, and whose records are on their way."""
         self._trials: list[FrozenTrial] = []
         """The trials that count, as the study had them when one last began or ended."""
+        self._whole = True
+        """Whether the state of the slots is that after a step, and not in the middle of one."""
         self._exhausted = False
         self._steps = 0
         self._ended_steps: list[int] = []
-        minutes = self._experiment.budget.minutes
+        self._spent = self._ledger.find_sweep(sweep.name).seconds
+        """Seconds of search before this lane began."""
         self._began = time.monotonic()
-        self._deadline = self._began + 60 * minutes if minutes else None
 
     def run(self) -> None:
-        """Train until the budget is spent, then return; whatever interrupts it, no trial is left open."""
+        """Train until the budget is spent and no lane has anything left to do, then return.
+
+        Whatever interrupts it, the state of every trial is saved, and others may claim them. Raises HopelessSweep where
+        the first trials all fail for one cause.
+        """
         choice = choose_slots(self._bench)
         self._slots = choice.slots
         watcher().stage(f"trials side by side: {choice}")
         self._tracker.log_slots(self._sweep.run_id, str(choice))
-        try:
-            while self._refill():
-                self._step()
-        except BaseException as error:
-            for running in list(self._running):
-                with contextlib.suppress(BaseException):  # what ends one trial must not leave the next one open
-                    self._end(running, "interrupted", f"{type(error).__name__}: {error}".rstrip(": "))
-            raise
+        with stoppable() as stop, self._ledger.beating():
+            try:
+                while self._go_on(stop):
+                    pass
+            finally:
+                self._leave()
 
-    def _refill(self) -> bool:
-        """Fill the free slots from the study; False when nothing is left to train."""
+    def _go_on(self, stop: Stop) -> bool:
+        """One turn: fill the slots and make a step, or wait for others; False when all is done or a stop is asked for."""
+        self._collect()
+        if stop.requested:
+            return False
+        self._refill()
+        if self._running:
+            self._step()
+            return True
+        if not (self._undelivered or self._elsewhere()):
+            return False
+        stop.wait(_POLL if self._elsewhere() else 0.05)
+        return True
+
+    def _refill(self) -> None:
+        """Fill the free slots: first with what a lane that died has left, then from the study."""
+        for number in self._elsewhere() if len(self._running) < self._slots else ():
+            if len(self._running) < self._slots and self._ledger.claim(self._sweep.name, _subject(number)):
+                self._take_up(number)
         while len(self._running) < self._slots and self._may_start():
-            asked = search.ask(self._study, self._experiment.search)
+            asked = search.ask(self._study, self._experiment.search, self._experiment.budget.trials)
             if asked is None:
                 self._exhausted = True
                 watcher().stage("the search space has nothing new left to try")
                 break
             trial, params = asked
-            try:
-                self._running.append(self._start(trial, params))
-            except BaseException:
-                self._study.tell(trial, state=TrialState.FAIL)
-                raise
-            self._trials = search.counted(self._study)
-        return bool(self._running)
+            if self._ledger.claim(self._sweep.name, _subject(trial.number)):  # another lane may have been quicker
+                self._start(trial, params)
+
+    def _elsewhere(self) -> list[int]:
+        """Numbers of the trials that are under way and not this lane's."""
+        leased = [s.partition(" ")[2] for s in self._ledger.leased(self._sweep.name) if s.startswith(_subject(""))]
+        own = {running.number for running in self._running} | self._undelivered.keys()
+        return sorted({*map(int, leased), *search.unfinished(self._study)} - own)
+
+    def _take_up(self, number: int) -> None:
+        """Go on with a trial that this lane has just claimed, at whatever point it was left."""
+        checkpoints = self._checkpoints(number)
+        trial, ending = self._frozen(number), checkpoints.ending
+        if trial.state.is_finished():
+            self._deliver_end(number, checkpoints, ending or ending_of(trial))
+            return
+        reopened = search.reopen(self._study, number, self._experiment.search)
+        if reopened is None:  # a duplicate, told by now
+            self._ledger.release(self._sweep.name, _subject(number))
+        elif ending is not None:
+            self._finish(reopened[0], checkpoints, ending)
+        else:
+            self._start(*reopened)
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        """A trial as the study has it now."""
+        return next(t for t in self._study.get_trials(deepcopy=False) if t.number == number)
 
     def _may_start(self) -> bool:
         trials = self._experiment.budget.trials
@@ -145,110 +164,211 @@ class Lane:
         return not (spent or self._exhausted or self._overdue)
 
     @property
-    def _overdue(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+    def _seconds(self) -> float:
+        """Seconds of search in all, of this sweep."""
+        return self._spent + time.monotonic() - self._began
 
-    def _start(self, trial: optuna.Trial, params: search.Params) -> _Running:
-        seed = [self._experiment.seed, trial.number]
-        tuning = Tuning(self._bench, params, number=trial.number, seed=seed)
-        run_id = self._tracker.start_trial(
-            self._sweep.run_id,
-            study=self._sweep.name,
-            number=trial.number,
-            name=tuning.title.removeprefix("trial "),
-            params=params,
-            data=self._bench.data,
-            tags=self._sweep.tags,
-        )
-        trial.set_user_attr(search.RUN_ID, run_id)
-        trial.set_user_attr(search.TITLE, tuning.title)
-        return _Running(trial, tuning, run_id)
+    @property
+    def _overdue(self) -> bool:
+        minutes = self._experiment.budget.minutes
+        return minutes is not None and self._seconds >= 60 * minutes
+
+    def _checkpoints(self, number: int) -> Checkpoints:
+        folder = checkpoint_home() / self._sweep.name / f"trial-{number:05d}"
+        return Checkpoints(folder, identity_of(self._bench, self._sweep.name, number))
+
+    def _start(self, trial: optuna.Trial, params: search.Params) -> None:
+        """Put a trial that this lane holds into a slot, from its last checkpoint if it has one."""
+        checkpoints = self._checkpoints(trial.number)
+        trial.set_user_attr(PARAMS, params)
+        trial.set_user_attr(search.TITLE, f"trial {trial.number}: {describe(params)}")
+        try:
+            tuning = Tuning(self._bench, params, number=trial.number, seed=[self._experiment.seed, trial.number])
+        except Exception as error:  # of this trial's settings alone, and not of the sweep
+            self._refuse(trial, checkpoints, error)
+            return
+        self._delivery.fetch_checkpoints(trial.number, checkpoints)
+        running = _Running(trial, tuning, checkpoints)
+        self._running.append(running)
+        state = checkpoints.load()
+        if state is not None:
+            tuning.restore(state)
+            watcher().stage(f"{tuning.title}: goes on from step {tuning.slot.steps_done}")
+        self._report(running)
+        self._trials = search.counted(self._study)
+        if tuning.judged:
+            self._judge(running)
+
+    def _refuse(self, trial: optuna.Trial, checkpoints: Checkpoints, error: Exception) -> None:
+        """Fail a trial that cannot begin."""
+        ending = Ending(outcome="failed", reason=_told(error), score=None, val_loss=None, steps=0, seconds=0.0)
+        checkpoints.close(ending, None)
+        self._finish(trial, checkpoints, ending)
 
     def _step(self) -> None:
         """One training step of every slot, and what follows from it."""
-        losses = step(self._bench.backbone, [r.tuning.slot for r in self._running], self._bench.passes).tolist()
+        self._whole = False
+        losses = self._advance()
+        for running, loss in losses:
+            running.tuning.log_loss(loss)
+        self._whole = True
         self._steps += len(losses)
-        for running, loss in zip(list(self._running), losses, strict=True):
-            running.tuning.losses.append(loss)
+        for running, _ in losses:
             if running.tuning.failure:
                 self._end(running, "failed", running.tuning.failure)
             elif running.tuning.at_rung or self._overdue:
                 self._score(running)
             else:
+                if time.monotonic() - running.saved >= self._experiment.execution.checkpoint_seconds:
+                    self._save(running)
                 watcher().step(running.tuning.progress(), self._progress())
 
-    def _score(self, running: _Running) -> None:
-        """Validate, report, and stop the trial where it is finished, pruned or out of time."""
-        tuning, at = running.tuning, running.tuning.slot.steps_done
+    def _advance(self) -> list[tuple[_Running, float]]:
+        """The losses of a step of all slots; where it cannot be made together, of each that can make it alone."""
+        backbone, passes = self._bench.backbone, self._bench.passes
         try:
-            metrics = tuning.validate()
-        except FloatingPointError as error:
-            self._end(running, "failed", str(error))
+            losses = step(backbone, [r.tuning.slot for r in self._running], passes).tolist()
+            return list(zip(self._running, losses, strict=True))
+        except Exception as error:
+            if len(self._running) == 1:
+                self._end(self._running[0], "failed", _told(error))
+                return []
+        made = []
+        for running in list(self._running):
+            try:
+                made.append((running, step(backbone, [running.tuning.slot], passes).item()))
+            except Exception as error:
+                self._end(running, "failed", _told(error))
+        return made
+
+    def _score(self, running: _Running) -> None:
+        """Validate, save, and judge."""
+        try:
+            running.tuning.validate()
+        except Exception as error:
+            self._end(running, "failed", _told(error))
             return
-        running.trial.report(metrics.score, at)
-        # Before the losses: MLflow's comparison page opens with the metric that was logged first.
-        self._tracker.log_validation(running.run_id, metrics, step=at)
-        self._log_losses(running)
+        if self._save(running):
+            self._judge(running)
+
+    def _judge(self, running: _Running) -> None:
+        """Report the last score, and stop the trial where it is finished, pruned or out of time.
+
+        Done again after a death, it says the same.
+        """
+        tuning, at = running.tuning, running.tuning.slot.steps_done
+        score = tuning.last_score
+        search.report(running.trial, score, at)
         watcher().step(tuning.progress(), self._progress())
         if tuning.slot.finished:
             self._end(running, "finished")
         elif self._overdue:
             self._end(running, "finished", f"budget.minutes was spent at step {at}")
         elif running.trial.should_prune():
-            self._end(
-                running, "pruned", f"{self._objective.show(metrics.score)} at step {at} is too far behind other trials"
+            self._end(running, "pruned", f"{self._objective.show(score)} at step {at} is too far behind other trials")
+
+    def _save(self, running: _Running) -> bool:
+        """Write a checkpoint, and report what is in it; False where the trial is another lane's by now."""
+        if not self._still_held(running):
+            return False
+        running.checkpoints.save(running.tuning.slot.steps_done, running.tuning.state())
+        running.saved = time.monotonic()
+        self._ledger.spend(self._sweep.name, self._seconds)
+        self._report(running)
+        return True
+
+    def _report(self, running: _Running) -> None:
+        """Let the trial's run say what is saved."""
+        tuning, files = running.tuning, running.checkpoints.files()
+        self._delivery.put(
+            TrialReport(
+                number=tuning.number,
+                name=tuning.title.removeprefix("trial "),
+                params=tuning.params,
+                history=tuning.history,
+                length=len(tuning.history) if files else 0,
+                checkpoint=files[-1] if files else None,
             )
+        )
+
+    def _still_held(self, running: _Running) -> bool:
+        """Whether the trial is this lane's still; one that was taken up by another, it drops without a word."""
+        if self._ledger.holds(self._sweep.name, _subject(running.number)):
+            return True
+        self._running.remove(running)
+        watcher().stage(f"{running.tuning.title}: another lane has taken it up meanwhile")
+        return False
 
     def _end(self, running: _Running, outcome: Outcome, reason: str = "") -> None:
-        """The one place where a trial ends: artifact, run, study, slot, in this order."""
-        tuning = running.tuning
-        self._log_losses(running)
-        if tuning.best is not None and outcome != "interrupted":
-            self._store_prompt(running)
-        self._tracker.end(running.run_id, outcome, reason)
-        self._tell(running, outcome, reason)
-        self._running.remove(running)
-        self._trials = search.counted(self._study)
-        self._ended_steps.append(tuning.slot.steps_done)
-        record = TrialRecord(
-            number=tuning.number,
-            title=tuning.title,
+        """The end of a trial in a slot."""
+        if not self._save(running):
+            return
+        tuning, best = running.tuning, running.tuning.best
+        ending = Ending(
             outcome=outcome,
             reason=reason,
-            score=tuning.best.metrics.score if tuning.best else None,
+            score=best.metrics.score if best else None,
+            val_loss=best.metrics.log_loss if best else None,
             steps=tuning.slot.steps_done,
             seconds=round(tuning.seconds, 1),
-            run_id=running.run_id,
         )
-        watcher().end(tuning.title, describe_end(record, self._objective), self._progress())
+        self._running.remove(running)
+        self._ended_steps.append(tuning.slot.steps_done)
+        running.checkpoints.close(ending, tuning.prompt() if best else None)
+        self._finish(running.trial, running.checkpoints, ending, tuning)
+
+    def _finish(
+        self, trial: optuna.Trial, checkpoints: Checkpoints, ending: Ending, tuning: Tuning | None = None
+    ) -> None:
+        """The one place where a trial ends for others, once its end is on disk: study, then tracker."""
+        tell(self._study, trial, ending)
+        self._deliver_end(trial.number, checkpoints, ending, tuning)
+        self._trials = search.counted(self._study)
+        record = record_of(self._frozen(trial.number))
+        watcher().end(record.title, describe_end(record, self._objective), self._progress())
         self._on_end(record)
+        cause = search.common_cause(self._study)
+        if cause:
+            raise HopelessSweep(f"the first trials of {self._sweep.name} all failed, for one cause: {cause}")
 
-    def _log_losses(self, running: _Running) -> None:
-        """Record the losses since the last time."""
-        losses = running.tuning.losses
-        self._tracker.log_losses(running.run_id, losses[running.logged :], first_step=running.logged + 1)
-        running.logged = len(losses)
+    def _deliver_end(
+        self, number: int, checkpoints: Checkpoints, ending: Ending, tuning: Tuning | None = None
+    ) -> None:
+        """Let the trial's run say how it ended; the lease is kept until it does."""
+        frozen = self._frozen(number)
+        history = tuning.history if tuning else checkpoints.history()
+        self._undelivered[number] = checkpoints
+        self._delivery.put(
+            TrialReport(
+                number=number,
+                name=str(frozen.user_attrs[search.TITLE]).removeprefix("trial "),
+                params=frozen.user_attrs[PARAMS],
+                history=history,
+                length=len(history),
+                ending=ending,
+                prompt=checkpoints.prompt_folder,
+            )
+        )
 
-    def _store_prompt(self, running: _Running) -> None:
-        best = running.tuning.best
-        assert best is not None
-        scores = {f"{BEST_VAL}{self._objective.key}": best.metrics.score, SECONDS: running.tuning.seconds}
-        self._tracker.log_metrics(running.run_id, scores, step=running.tuning.slot.steps_done)
-        with tempfile.TemporaryDirectory(dir=state_home()) as folder:
-            made = running.tuning.prompt().save(Path(folder) / PROMPT)
-            self._tracker.log_folder(running.run_id, made, PROMPT)
+    def _collect(self) -> None:
+        """Let go of the trials whose records have arrived."""
+        while not self._delivered.empty():
+            number = self._delivered.get().number
+            checkpoints = self._undelivered.pop(number, None)
+            if checkpoints is not None:
+                checkpoints.remove()
+                self._ledger.release(self._sweep.name, _subject(number))
 
-    def _tell(self, running: _Running, outcome: Outcome, reason: str) -> None:
-        best = running.tuning.best
-        if best is not None:
-            running.trial.set_user_attr(search.VAL_LOSS, best.metrics.log_loss)
-        if reason:
-            running.trial.set_user_attr(search.REASON, reason)
-        if outcome == "finished" and best is not None:
-            self._study.tell(running.trial, best.metrics.score)
-        else:
-            state = TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL
-            self._study.tell(running.trial, state=state)
+    def _leave(self) -> None:
+        """Save what is in the slots, and let go of everything: whoever comes next goes on from the disk."""
+        for running in list(self._running) if self._whole else ():
+            with suppress(Exception):  # the checkpoint before it is as good
+                self._save(running)
+        self._delivery.close()
+        self._collect()
+        self._ledger.spend(self._sweep.name, self._seconds)
+        for number in [*(r.number for r in self._running), *self._undelivered]:
+            self._ledger.release(self._sweep.name, _subject(number))
 
     def _progress(self) -> SearchProgress:
         ended = [t for t in self._trials if t.state.is_finished()]
@@ -264,21 +384,26 @@ class Lane:
 
     def _seconds_left(self, asked: int) -> float | None:
         """By the clock where time is the budget, else by the pace of the steps and the usual length of a trial."""
-        trials, now = self._experiment.budget.trials, time.monotonic()
-        by_clock = self._deadline - now if self._deadline else None
+        trials, minutes = self._experiment.budget.trials, self._experiment.budget.minutes
+        by_clock = 60 * minutes - self._seconds if minutes else None
         by_pace = None
         if trials and self._steps:
             steps = self._experiment.training.steps
             usual = fmean([self._experiment.search.pruner.usual_steps(steps), *self._ended_steps])
             begun = sum(steps if r.tuning.slot.steps_done >= usual else usual for r in self._running)
             done = sum(r.tuning.slot.steps_done for r in self._running)
-            by_pace = (now - self._began) / self._steps * (begun - done + usual * max(0, trials - asked))
+            pace = (time.monotonic() - self._began) / self._steps
+            by_pace = pace * (begun - done + usual * max(0, trials - asked))
         known = [seconds for seconds in (by_pace, by_clock) if seconds is not None]
         return min(known, default=None)
 
 
-def describe_end(record: TrialRecord, objective: Objective) -> str:
-    """The end of a trial in words, as `finished with 87.2 %`."""
-    score = "" if record.score is None else f" with {objective.show(record.score)}"
-    why = f" ({record.reason})" if record.reason else ""
-    return f"{record.outcome}{score}{why}"
+def _subject(number: int | str) -> str:
+    """What is leased of a trial."""
+    return f"trial {number}"
+
+
+def _told(error: Exception) -> str:
+    """An error in a line."""
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, UserError | FloatingPointError) else f"{type(error).__name__}: {text}"

@@ -16,14 +16,15 @@ from softprompt.comparison import OTHER_SPLITS, may_have_seen_test, measure_base
 from softprompt.data import load_prepared
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
-from softprompt.home import require_tracking, study_storage
-from softprompt.lane import Sweep
+from softprompt.home import require_tracking
 from softprompt.loading import load_backbone
 from softprompt.progress import watcher
 from softprompt.prompt import SoftPrompt
 from softprompt.registry import champion_version, load_registered
-from softprompt.search import RUN_ID, TITLE, best_trial, load_study
+from softprompt.search import TITLE, best_trial, load_study
 from softprompt.spec import ExperimentSpec, fingerprint
+from softprompt.storage import study_store
+from softprompt.sweep import Sweep
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
 from tasks.policy import close_earlier_try, flow_tags, may_retry
@@ -90,9 +91,9 @@ def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baseli
     """The best trial and the champion on the test split, in one table with the baselines."""
     watcher().stage("measuring the winner on the test split")
     bench = Workbench(experiment, load_prepared(Path(data)))
-    best = best_trial(load_study(sweep.name, study_storage(), experiment))
-    run_id = best.user_attrs[RUN_ID]
+    best = best_trial(load_study(sweep.name, study_store(), experiment))
     tracker = Tracker(experiment)
+    run_id = tracker.trial_run(sweep.name, best.number)
     with tempfile.TemporaryDirectory() as folder:
         winner = SoftPrompt.load(tracker.fetch_prompt(run_id, Path(folder)))
     metrics = measure_prompt(bench, winner)

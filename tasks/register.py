@@ -7,10 +7,10 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from softprompt import registry
-from softprompt.lane import Sweep
 from softprompt.progress import watcher
 from softprompt.registry import Decision
 from softprompt.spec import ExperimentSpec
+from softprompt.sweep import Sweep, close_sweep
 from softprompt.tracking import Tracker
 from tasks.evaluate import Evaluation
 from tasks.policy import may_retry
@@ -38,5 +38,5 @@ def register_prompt(experiment: ExperimentSpec, sweep: Sweep, evaluation: Evalua
         description="Whether the winner takes the alias `champion`",
     )
     tracker.log_decision(sweep.run_id, decision.version, promoted=decision.promoted, reason=decision.reason)
-    tracker.end(sweep.run_id, "finished")
+    close_sweep(experiment, sweep)
     return decision

@@ -12,20 +12,23 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from softprompt.closing import close_abandoned_runs
 from softprompt.data import load_prepared
 from softprompt.home import require_tracking
-from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
+from softprompt.lane import Lane
 from softprompt.objective import Objective
 from softprompt.progress import watcher
+from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec
-from softprompt.store import create_stores
+from softprompt.storage import create_stores, study_store
+from softprompt.sweep import Sweep, begin_sweep, close_sweep
 from softprompt.tracking import Tracker
+from softprompt.trials import TrialRecord, describe_end, trial_records
 from softprompt.workbench import Workbench
-from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link
+from tasks.policy import flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
-def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
-    """Create the Optuna study and the parent run in MLflow; of an earlier try or a dead process, nothing stays open."""
+def open_study(experiment: ExperimentSpec, data: str, new: bool = False) -> Sweep:
+    """Go on with the sweep of this experiment that was interrupted, or begin one: a study and a parent run in MLflow."""
     require_tracking()
     watcher().stage(describe_data(data))
     watcher().stage("loading the model")
@@ -36,9 +39,11 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
             f"{bench.targets_cut:,} texts are longer than labels.max_new_tokens: cut, and matched by nothing"
         )
     create_stores()
-    close_earlier_try()
     close_abandoned_runs()
-    sweep = open_sweep(experiment, bench.data, flow_tags())
+    sweep = begin_sweep(bench, flow_tags(), new=new)
+    if sweep.resumed:
+        done = len(trial_records(load_study(sweep.name, study_store(), experiment)))
+        watcher().stage(f"going on with {sweep.name}, which was interrupted after {done} trials")
     create_link_artifact(
         key="mlflow-run",
         link=run_link(Tracker(experiment).experiment_id, sweep.run_id),
@@ -48,19 +53,12 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
     return sweep
 
 
-# Not retried: a lane cannot be resumed yet, and a new one would spend the budget anew and lose the earlier records.
-@task(retries=0, log_prints=True)
+@task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
 def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[TrialRecord]:
-    """Train trials of the study on this machine's device until the budget is spent."""
+    """Train trials of the study on this machine's device until the budget is spent; all of the sweep's are returned."""
     bench = Workbench(experiment, load_prepared(Path(data)))
-    records: list[TrialRecord] = []
-
-    def record(trial: TrialRecord) -> None:
-        records.append(trial)
-        _show_end(trial, experiment.labels.objective)
-
-    Lane(bench, sweep, on_end=record).run()
-    return records
+    Lane(bench, sweep, on_end=lambda trial: _show_end(trial, experiment.labels.objective)).run()
+    return trial_records(load_study(sweep.name, study_store(), experiment))
 
 
 # Apart from the search, which must not be lost where Prefect's server is away for a moment.
@@ -77,8 +75,8 @@ def show_trials(experiment: ExperimentSpec, trials: list[TrialRecord]) -> None:
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry)
 def close_study(experiment: ExperimentSpec, sweep: Sweep) -> None:
-    """Close the parent run of a study whose winner is not registered."""
-    Tracker(experiment).end(sweep.run_id, "finished")
+    """Close a sweep whose winner is not registered."""
+    close_sweep(experiment, sweep)
 
 
 # The name comes from a parameter: it holds texts of the user's, whose {braces} Prefect would fill in a template.

@@ -91,6 +91,8 @@ class ExecutionSpec(Spec):
 
     By default 1,024 on a CPU and 32,768 elsewhere, halved whenever memory runs out.
     """
+    checkpoint_seconds: float = Field(default=30.0, ge=0)
+    """Seconds after which the state of a trial is saved again; it is saved at every rung as well."""
     gradient_checkpointing: bool = False
     """Whether to compute the inside of the model's layers again on the way back: less memory, a third more work."""
     compile: bool = False

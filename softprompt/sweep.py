@@ -1,0 +1,140 @@
+"""A sweep as a whole: begun, found again after an interruption, driven by one process at a time, and ended.
+
+The ledger knows which sweeps are open. A row there is the first that is written of a sweep, and everything after it may be
+written again: killed at any instant, the next start finds the row and goes on.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict
+
+from softprompt import search
+from softprompt.closing import abandon
+from softprompt.errors import UserError
+from softprompt.home import study_storage
+from softprompt.ledger import Ledger, SweepRow
+from softprompt.progress import watcher
+from softprompt.spec import ExperimentSpec, fingerprint
+from softprompt.storage import study_store
+from softprompt.tracking import Tracker
+from softprompt.workbench import Workbench
+
+SWEEP = "sweep"
+"""What is leased by the process that drives a sweep."""
+
+
+class Sweep(BaseModel):
+    """Where a sweep's records are: what every lane needs to join it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Name of the Optuna study and of the parent run."""
+    run_id: str
+    """MLflow id of the parent run."""
+    resumed: bool = False
+    """Whether it was begun by an earlier process, which did not end it."""
+
+
+class HopelessSweep(UserError):
+    """A sweep that comes to nothing however often it is gone on with."""
+
+
+def open_ledger() -> Ledger:
+    """The ledger of this process in the study storage."""
+    return _ledger(study_storage())
+
+
+@cache
+def _ledger(url: str) -> Ledger:
+    return Ledger(url)
+
+
+def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False) -> Sweep:
+    """The open sweep of the same experiment, rows and weights, gone on with, or a new one; this process drives it.
+
+    Args:
+        bench: the experiment, with its data and model.
+        tags: what the parent run carries beside its own tags.
+        new: whether to give up an open one and begin anew.
+
+    Raises UserError where another process is driving it.
+    """
+    ledger, experiment = open_ledger(), bench.experiment
+    identity = _identify(bench)
+    for row in ledger.open_sweeps(experiment.name):
+        if row.identity != identity:
+            continue
+        _take(ledger, row.name)
+        if not new:
+            return _open(bench, row, tags, resumed=True)
+        abandon(row.name, row.run_id)
+        ledger.end_sweep(row.name)
+        ledger.release(row.name, SWEEP)
+    # Two sweeps may begin in one second.
+    name = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
+    Tracker(experiment)  # refuses an experiment that is deleted, before anything is written
+    row = SweepRow(name=name, experiment=experiment.name, identity=identity, run_id="", seconds=0.0)
+    ledger.add_sweep(row)
+    _take(ledger, name)
+    return _open(bench, row, tags, resumed=False)
+
+
+def _identify(bench: Workbench) -> str:
+    backbone = bench.backbone
+    parts = {"experiment": bench.experiment.fingerprint, "data": bench.data.digest}
+    return fingerprint(parts | {"weights": backbone.weights_sha256, "tokenizer": backbone.tokenizer_sha256})
+
+
+def _open(bench: Workbench, row: SweepRow, tags: Mapping[str, str], *, resumed: bool) -> Sweep:
+    """Make what is not there yet of a sweep's records."""
+    search.create_study(row.name, study_store(), bench.experiment)
+    run_id = Tracker(bench.experiment).start_sweep(row.name, bench.experiment, bench.data, tags)
+    open_ledger().name_run(row.name, run_id)
+    return Sweep(name=row.name, run_id=run_id, resumed=resumed)
+
+
+def _take(ledger: Ledger, name: str) -> None:
+    """Hold the lease of a sweep; that of a process elsewhere is watched for a while to see whether it still moves."""
+    deadline, told = time.monotonic() + 1.5 * ledger.patience, False
+    while not ledger.claim(name, SWEEP):
+        holder = ledger.holder_of(name, SWEEP)
+        if holder is not None and (holder.here or time.monotonic() > deadline):
+            raise UserError(
+                f"{name} is at work already, in process {holder.pid} on {holder.host}; wait for it, help it with "
+                "`softprompt lane`, or begin another one with --new once it has ended"
+            )
+        if not told:
+            watcher().stage(f"{name} was begun elsewhere; seeing whether it is still at work")
+            told = True
+        time.sleep(0.5)
+
+
+@contextmanager
+def driving(sweep: Sweep) -> Iterator[None]:
+    """Keep the lease of a sweep alive inside the block, and let go of it afterwards."""
+    ledger = open_ledger()
+    try:
+        with ledger.beating():
+            yield
+    except HopelessSweep:
+        ledger.end_sweep(sweep.name)
+        raise
+    finally:
+        ledger.release(sweep.name, SWEEP)
+
+
+def close_sweep(experiment: ExperimentSpec, sweep: Sweep) -> None:
+    """Record that a sweep has come to its end: it is not gone on with."""
+    Tracker(experiment).end(sweep.run_id, "finished")
+    open_ledger().end_sweep(sweep.name)
+
+
+def trial_folder(root: Path, sweep: str, number: int) -> Path:
+    """Where a trial's checkpoints are."""
+    return root / sweep / f"trial-{number:05d}"

@@ -1,0 +1,91 @@
+"""Signals held back: what they would have done is done when the block is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from softprompt.stopping import stoppable
+
+
+def test_ctrl_c_asks_first_and_interrupts_when_the_block_is_left():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        reached.append("the end of the block")
+    assert reached
+
+
+def test_what_handled_sigterm_before_handles_it_afterwards():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with stoppable() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert (stop.requested, seen) == (True, [])
+        assert seen == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert len(seen) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_signal_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the block went on")
+
+
+def test_work_that_does_not_look_is_interrupted_after_the_grace_period():
+    with pytest.raises(KeyboardInterrupt), stoppable(grace=0.05):
+        signal.raise_signal(signal.SIGINT)
+        while True:
+            time.sleep(0.01)
+
+
+def test_a_wait_ends_with_the_request():
+    def ask() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
+        threading.Timer(0.05, ask).start()
+        while not stop.requested:
+            stop.wait(60)
+
+
+def test_another_thread_holds_nothing_back():
+    seen = []
+
+    def work() -> None:
+        with stoppable() as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_a_process_that_nobody_guards_dies_of_the_signal_after_its_work():
+    code = (
+        "import sys, time\n"
+        "from softprompt.stopping import stoppable\n"
+        "with stoppable() as stop:\n"
+        "    print('ready', flush=True)\n"
+        "    stop.wait(60)\n"
+        "    print('saved', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.stdout.read() == "saved\n"
+    assert process.returncode == -signal.SIGTERM

@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict
 
 from softprompt import search
 from softprompt.data import PreparedData
-from softprompt.home import state_home, study_storage
+from softprompt.home import state_home
 from softprompt.objective import Objective
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec
+from softprompt.storage import study_store
 from softprompt.tracking import BEST_VAL, PROMPT, SECONDS, Outcome, Tracker
 from softprompt.training import step
 from softprompt.tuning import Tuning
@@ -64,7 +65,7 @@ def open_sweep(experiment: ExperimentSpec, data: PreparedData, tags: dict[str, s
     # Two sweeps may begin in one second.
     name = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
     tracker = Tracker(experiment)
-    search.create_study(name, study_storage(), experiment)
+    search.create_study(name, study_store(), experiment)
     return Sweep(name=name, run_id=tracker.start_sweep(name, experiment, data, tags), tags=tags)
 
 
@@ -93,7 +94,7 @@ class Lane:
         self._objective = bench.experiment.labels.objective
         self._sweep = sweep
         self._tracker = Tracker(bench.experiment)
-        self._study = search.load_study(sweep.name, study_storage(), bench.experiment)
+        self._study = search.load_study(sweep.name, study_store(), bench.experiment)
         self._on_end = on_end
         self._slots = 1
         """K, the trials side by side at the most; chosen when the lane begins."""

@@ -16,7 +16,7 @@ from softprompt.comparison import OTHER_SPLITS, may_have_seen_test, measure_base
 from softprompt.data import load_prepared
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
-from softprompt.home import require_tracking, study_storage
+from softprompt.home import require_tracking
 from softprompt.lane import Sweep
 from softprompt.loading import load_backbone
 from softprompt.progress import watcher
@@ -24,6 +24,7 @@ from softprompt.prompt import SoftPrompt
 from softprompt.registry import champion_version, load_registered
 from softprompt.search import RUN_ID, TITLE, best_trial, load_study
 from softprompt.spec import ExperimentSpec, fingerprint
+from softprompt.storage import study_store
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
 from tasks.policy import close_earlier_try, flow_tags, may_retry
@@ -90,7 +91,7 @@ def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baseli
     """The best trial and the champion on the test split, in one table with the baselines."""
     watcher().stage("measuring the winner on the test split")
     bench = Workbench(experiment, load_prepared(Path(data)))
-    best = best_trial(load_study(sweep.name, study_storage(), experiment))
+    best = best_trial(load_study(sweep.name, study_store(), experiment))
     run_id = best.user_attrs[RUN_ID]
     tracker = Tracker(experiment)
     with tempfile.TemporaryDirectory() as folder:

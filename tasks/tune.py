@@ -16,7 +16,7 @@ from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
 from softprompt.objective import Objective
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec
-from softprompt.store import create_stores
+from softprompt.storage import create_stores
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
 from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link

@@ -30,7 +30,7 @@ from softprompt.lane import Lane, TrialRecord, open_sweep
 from softprompt.progress import Lines, watched_by
 from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec, validate_experiment
-from softprompt.store import create_stores
+from softprompt.storage import create_stores
 from softprompt.workbench import Split, Workbench
 
 

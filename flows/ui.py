@@ -78,7 +78,7 @@ def serve_pages(*, mlflow_port: int = 5000, prefect_port: int = 4200, optuna_por
     pages = _pages(mlflow_port, prefect_port, optuna_port)
     _require_free(pages)
     prepare_environment()
-    from softprompt.store import create_stores  # imports MLflow, which reads the environment
+    from softprompt.storage import create_stores  # imports MLflow, which reads the environment
 
     create_stores()
     with ExitStack() as stack:

@@ -10,8 +10,9 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from softprompt.home import owns_tracking, require_tracking, study_storage, tracking_file, tracking_uri
+from softprompt.home import owns_tracking, require_tracking, tracking_file, tracking_uri
 from softprompt.search import fail_running
+from softprompt.storage import study_store
 from softprompt.tracking import FLOW_RUN, HOST, OUTCOME, PARENT_RUN, PID, STUDY, Outcome, end_run
 
 
@@ -46,4 +47,4 @@ def _close(client: MlflowClient, runs: list[Run], outcome: Outcome, reason: str)
     for run in runs:
         end_run(client, run.info.run_id, outcome, reason)
     for study in {run.data.tags[STUDY] for run in runs if STUDY in run.data.tags}:
-        fail_running(study, study_storage())
+        fail_running(study, study_store())

@@ -52,7 +52,7 @@ def checkpoint_home() -> Path:
 
 
 def study_storage() -> str:
-    """The user's `SOFTPROMPT_STORAGE` (any Optuna storage URL), else a SQLite file in the state folder."""
+    """The user's `SOFTPROMPT_STORAGE` (of SQLite or PostgreSQL), else a SQLite file in the state folder."""
     return os.environ.get("SOFTPROMPT_STORAGE") or f"sqlite:///{state_home() / 'optuna.db'}"
 
 

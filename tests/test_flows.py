@@ -24,13 +24,14 @@ from flows.sweep import SweepResult, sweep
 from flows.tune import tune
 from softprompt import registry, training
 from softprompt.errors import UserError
-from softprompt.home import study_storage, tracking_uri
+from softprompt.home import tracking_uri
 from softprompt.loading import load_backbone
 from softprompt.prediction import Predictor
 from softprompt.progress import Lines, watched_by
 from softprompt.registry import champion_version, load_registered
 from softprompt.search import load_study
 from softprompt.spec import ExperimentSpec, LocalModel
+from softprompt.storage import study_store
 from softprompt.tracking import Tracker
 from tasks.policy import run_link
 from tests.tiny import tiny_experiment, tiny_model, tiny_text_experiment, tiny_tokenizer
@@ -321,7 +322,7 @@ def test_a_sweep_of_free_text_ends_with_the_champion_of_the_lowest_loss(swept_te
     loss = f"{result.evaluation.winner.score:.4f} nats per token"
     assert result.decision.reason == f"the first version, with {loss} on 60 test rows"
     assert champion_version(text_experiment.name) == 1
-    assert load_study(result.sweep.name, study_storage(), text_experiment).direction.name == "MINIMIZE"
+    assert load_study(result.sweep.name, study_store(), text_experiment).direction.name == "MINIMIZE"
 
 
 def test_a_person_is_told_of_texts_that_were_cut_and_of_losses(swept_texts, said):
@@ -482,4 +483,4 @@ def test_an_interrupt_leaves_nothing_open(experiment, tmp_path, monkeypatch: pyt
     (name,) = {
         r.data.tags["optuna.study"] for r in MlflowClient(tracking_uri()).search_runs([Tracker(stopped).experiment_id])
     }
-    assert {t.state.name for t in load_study(name, study_storage(), stopped).trials} == {"FAIL"}
+    assert {t.state.name for t in load_study(name, study_store(), stopped).trials} == {"FAIL"}

@@ -20,12 +20,13 @@ from softprompt.backbone import hash_tensors
 from softprompt.closing import close_abandoned_runs, close_open_runs
 from softprompt.data import prepare
 from softprompt.errors import UserError
-from softprompt.home import cache_home, state_home, study_storage, tracking_uri
+from softprompt.home import cache_home, state_home, tracking_uri
 from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
 from softprompt.objective import ACCURACY
 from softprompt.progress import SearchProgress, TrialProgress, watched_by
 from softprompt.prompt import SoftPrompt
 from softprompt.spec import ExperimentSpec
+from softprompt.storage import study_store
 from softprompt.tracking import Tracker, _experiment_id
 from softprompt.tuning import Tuning, tune
 from softprompt.workbench import Workbench
@@ -55,7 +56,7 @@ class Ran:
 
     @property
     def study(self) -> optuna.Study:
-        return search.load_study(self.sweep.name, study_storage(), self.experiment)
+        return search.load_study(self.sweep.name, study_store(), self.experiment)
 
     @property
     def children(self) -> list[Run]:
@@ -429,10 +430,10 @@ def test_two_sweeps_in_one_second_are_two_studies(make):
 def test_an_experiment_that_was_deleted_in_mlflow_is_refused_before_there_is_a_study(make):
     ran = make(LABELS)
     MlflowClient(tracking_uri()).delete_experiment(Tracker(ran.experiment).experiment_id)
-    before = optuna.get_all_study_names(study_storage())
+    before = optuna.get_all_study_names(study_store())
     with pytest.raises(UserError, match=rf"^name: the MLflow experiment '{ran.experiment.name}' is deleted in sqlite"):
         open_sweep(ran.experiment, ran.bench.data, {})
-    assert optuna.get_all_study_names(study_storage()) == before
+    assert optuna.get_all_study_names(study_store()) == before
 
 
 def test_an_experiment_that_another_process_makes_meanwhile_is_taken(monkeypatch):

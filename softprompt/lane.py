@@ -19,12 +19,13 @@ from pydantic import BaseModel, ConfigDict
 
 from softprompt import search
 from softprompt.data import PreparedData
+from softprompt.history import Outcome
 from softprompt.home import state_home, study_storage
 from softprompt.objective import Objective
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec
-from softprompt.tracking import BEST_VAL, PROMPT, SECONDS, Outcome, Tracker
+from softprompt.tracking import BEST_VAL, PROMPT, SECONDS, Tracker
 from softprompt.training import step
 from softprompt.tuning import Tuning
 from softprompt.workbench import Workbench
@@ -169,7 +170,7 @@ class Lane:
         losses = step(self._bench.backbone, [r.tuning.slot for r in self._running], self._bench.passes).tolist()
         self._steps += len(losses)
         for running, loss in zip(list(self._running), losses, strict=True):
-            running.tuning.losses.append(loss)
+            running.tuning.add_loss(loss)
             if running.tuning.failure:
                 self._end(running, "failed", running.tuning.failure)
             elif running.tuning.at_rung or self._overdue:

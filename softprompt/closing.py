@@ -10,10 +10,11 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from softprompt.history import Outcome
 from softprompt.home import owns_tracking, require_tracking, tracking_file, tracking_uri
 from softprompt.search import fail_running
 from softprompt.storage import study_store
-from softprompt.tracking import FLOW_RUN, HOST, OUTCOME, PARENT_RUN, PID, STUDY, Outcome, end_run
+from softprompt.tracking import FLOW_RUN, HOST, OUTCOME, PARENT_RUN, PID, STUDY, end_run
 
 
 def close_open_runs(flow_run_id: str, outcome: Outcome, reason: str) -> None:

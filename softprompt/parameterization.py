@@ -15,6 +15,8 @@ class Parameterization(Protocol):
 
     parameters: list[nn.Parameter]
     """What the optimizer works on, float32."""
+    state: dict[str, Tensor]
+    """All that training changes, by name; the tensors themselves, no copies."""
 
     def fold(self) -> Tensor:
         """The prompt, differentiable in the parameters."""
@@ -31,6 +33,7 @@ class Direct:
     def __init__(self, initial: Tensor, device: torch.device) -> None:
         self._prompt = nn.Parameter(initial.detach().to(device, torch.float32, copy=True))
         self.parameters = [self._prompt]
+        self.state: dict[str, Tensor] = {"prompt": self._prompt}
 
     def fold(self) -> Tensor:
         """The prompt, in the shape of the initial one."""
@@ -40,6 +43,9 @@ class Direct:
     def move(self, prompt: Tensor) -> None:
         """Write the prompt."""
         self._prompt.copy_(prompt)
+
+
+_RESIDUAL = ("vectors", "down", "down_bias", "up", "up_bias", "gain", "offset", "shift")
 
 
 class Residual:
@@ -59,6 +65,7 @@ class Residual:
         self.parameters = [nn.Parameter(t.to(device)) for t in (vectors, *down, *up, gain, offset)]
         self._shift = torch.zeros_like(self.parameters[0].detach())
         """What moves have added; no parameter."""
+        self.state: dict[str, Tensor] = dict(zip(_RESIDUAL, [*self.parameters, self._shift], strict=True))
 
     def fold(self) -> Tensor:
         """The prompt `[P, H]`."""

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -20,6 +20,7 @@ from softprompt.data import PreparedData
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
 from softprompt.figures import draw_systems
+from softprompt.history import TRAIN_LOSS, VAL, Outcome
 from softprompt.home import artifact_root, owns_tracking, tracking_uri, without_secrets
 from softprompt.spec import ExperimentSpec
 
@@ -45,12 +46,10 @@ SLOTS = "softprompt.slots"
 PROMPT = "prompt"
 """Artifact folder of a trial's prompt."""
 
-TRAIN_LOSS = "train_loss"
-VAL, BEST_VAL, TEST = "val_", "best_val_", "test_"
+BEST_VAL, TEST = "best_val_", "test_"
 """What stands before the name of a metric, as in `best_val_accuracy`."""
 SECONDS = "seconds"
 
-Outcome = Literal["finished", "pruned", "failed", "interrupted"]
 _STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
 

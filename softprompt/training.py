@@ -2,14 +2,15 @@
 
 A `Slot` is one prompt being tuned: its parameters, its own AdamW, schedule, data order and random stream. `step` does
 one step of all the slots that it is given, in as few forward and backward passes as memory and caches allow; a slot's
-result depends neither on its neighbours nor on K nor on how a step is cut, to rounding. A slot's whole state follows
-from its settings, its data and the number of its steps.
+result depends neither on its neighbours nor on K nor on how a step is cut, to rounding. Learning rate, batch and random
+draws of a step follow from the settings and the step's index alone: parameters, moments and the count of steps are a
+slot's whole state.
 
 The loss of a slot is a mean over terms. What a prompt is worth, and when to stop it, is decided elsewhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,8 @@ from softprompt.loss import Loss, OverVocabulary
 from softprompt.parameterization import Direct, Parameterization, Residual, cap_norms
 from softprompt.passes import Passes, Work
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter, in its shape, beside its own count `step`."""
 _WINDOW = 64
 """Batches whose examples are sorted by length together: long enough for full batches of like length."""
 
@@ -141,9 +144,75 @@ class Slot:
         """Drop the gradient at hand."""
         self._optimizer.zero_grad(set_to_none=True)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that its steps have changed, by name: copies on the CPU, which later steps leave alone."""
+        tensors = {f"parameterization.{name}": tensor for name, tensor in self.parameterization.state.items()}
+        for index, kept in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in kept.items()}
+        tensors["steps_done"] = torch.tensor(self.steps_done)
+        return {name: _copy(tensor) for name, tensor in tensors.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that `state` gave, of a slot with the same settings and examples, to the same bits.
+
+        Raises ValueError, and changes nothing, where names, shapes, types or the count of steps do not fit this slot.
+        """
+        steps_done = _read_count(state, self.settings.steps)
+        _require_like(state, self._shapes(steps_done))
+        with torch.no_grad():
+            for name, tensor in self.parameterization.state.items():
+                tensor.copy_(state[f"parameterization.{name}"])
+        kept = {
+            index: {
+                "step": state[f"optimizer.{index}.step"].clone(),
+                # laid out in memory as the parameter is, which may be a view
+                **{name: torch.zeros_like(p).copy_(state[f"optimizer.{index}.{name}"]) for name in _MOMENTS},
+            }
+            for index, p in enumerate(self.parameterization.parameters)
+            if steps_done
+        }
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": kept})
+        self.forget()
+        self.steps_done = steps_done
+
+    def _shapes(self, steps_done: int) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and types that a state after so many steps has."""
+        like = {f"parameterization.{name}": tensor for name, tensor in self.parameterization.state.items()}
+        if steps_done:  # AdamW keeps nothing before its first step
+            for index, parameter in enumerate(self.parameterization.parameters):
+                like[f"optimizer.{index}.step"] = torch.zeros(())
+                like |= {f"optimizer.{index}.{name}": parameter for name in _MOMENTS}
+        return like | {"steps_done": torch.tensor(0)}
+
     def _cap_norms(self) -> None:
         if self.settings.max_norm is not None:
             self.parameterization.move(cap_norms(self.prompt, self.settings.max_norm))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _read_count(state: Mapping[str, Tensor], most: int) -> int:
+    count = state.get("steps_done")
+    if count is None or count.dtype != torch.int64 or count.shape or not 0 <= count.item() <= most:
+        found = "none" if count is None else f"{count.dtype} {list(count.shape) or count.item()}"
+        raise ValueError(f"steps_done must be one int64 from 0 to {most}, found {found}")
+    return int(count.item())
+
+
+def _require_like(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    if missing := sorted(like.keys() - state.keys()):
+        raise ValueError(f"the tensor {missing[0]} is missing")
+    if unknown := sorted(state.keys() - like.keys()):
+        raise ValueError(f"the tensor {unknown[0]!r:.80} is not known here")
+    for name, expected in like.items():
+        found = state[name]
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"{name} must be {expected.dtype} of shape {list(expected.shape)}, "
+                f"found {found.dtype} of {list(found.shape)}"
+            )
 
 
 def _parameterize(initial: Tensor, settings: Settings, device: torch.device) -> Parameterization:

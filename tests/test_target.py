@@ -113,7 +113,7 @@ def test_the_best_rung_is_that_of_the_lowest_loss(bench, monkeypatch):
         tuning.validate()
     assert tuning.best is not None
     assert tuning.best.metrics.score == 1.0
-    tuning.losses.append(0.5)
+    tuning.add_loss(0.5)
     assert tuning.progress().score == "loss 1.0000 nats per token"
 
 

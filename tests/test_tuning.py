@@ -33,7 +33,7 @@ def run(bench: Workbench, tuning: Tuning) -> list[float]:
     """Train to the end, validating at every rung; the accuracies found there."""
     found = []
     while not tuning.slot.finished:
-        tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+        tuning.add_loss(step(bench.backbone, [tuning.slot]).item())
         if tuning.at_rung:
             found.append(tuning.validate().score)
     return found
@@ -121,13 +121,13 @@ def test_a_loss_that_is_not_finite_is_a_failure(bench: Workbench) -> None:
     assert tuning.failure is None
     with torch.no_grad():
         tuning.slot.prompt[0, 0] = float("nan")
-    tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+    tuning.add_loss(step(bench.backbone, [tuning.slot]).item())
     assert tuning.failure == "the training loss is nan at step 1; try a lower learning rate"
 
 
 def test_progress_says_how_far_it_is(bench: Workbench) -> None:
     tuning = Tuning(bench, PARAMS, number=5, seed=[0])
-    tuning.losses += step(bench.backbone, [tuning.slot]).tolist()
+    tuning.add_loss(step(bench.backbone, [tuning.slot]).item())
     progress = tuning.progress()
     assert (progress.number, progress.step, progress.steps, progress.rung, progress.rungs) == (5, 1, 12, 0, 3)
     assert progress.score is None

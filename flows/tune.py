@@ -27,7 +27,7 @@ def tune(experiment: ExperimentSpec) -> Evaluation:
     """
     single = experiment.with_one_trial()
     data = prepare_data(single)
-    study = open_study(single, data)
+    study = open_study(single, data, resumable=False)
     show_trials(single, tune_prompts(single, data, study))
     baselines = evaluate_baselines(single, data)
     evaluation = evaluate_prompts(single, data, study, baselines)

@@ -64,6 +64,7 @@ def open_sweep(experiment: ExperimentSpec, data: PreparedData, tags: dict[str, s
     # Two sweeps may begin in one second.
     name = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
     tracker = Tracker(experiment)
+    _ = tracker.experiment_id  # refused before there is a study, where somebody has deleted it
     search.create_study(name, study_storage(), experiment)
     return Sweep(name=name, run_id=tracker.start_sweep(name, experiment, data, tags), tags=tags)
 
@@ -156,10 +157,9 @@ class Lane:
             study=self._sweep.name,
             number=trial.number,
             name=tuning.title.removeprefix("trial "),
-            params=params,
-            data=self._bench.data,
-            tags=self._sweep.tags,
         )
+        self._tracker.log_params(run_id, params)
+        self._tracker.log_inputs(run_id, self._bench.data, ("train", "validation"))
         trial.set_user_attr(search.RUN_ID, run_id)
         trial.set_user_attr(search.TITLE, tuning.title)
         return _Running(trial, tuning, run_id)

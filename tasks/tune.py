@@ -17,15 +17,18 @@ from softprompt.objective import Objective
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
-from softprompt.tracking import Tracker
+from softprompt.tracking import RESUMABLE, Tracker
 from softprompt.workbench import Workbench
 from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
-def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
-    """Create the Optuna study and the parent run in MLflow; of an earlier try or a dead process, nothing stays open."""
+def open_study(experiment: ExperimentSpec, data: str, resumable: bool = True) -> Sweep:
+    """Create the Optuna study and the parent run in MLflow; of an earlier try or a dead process, nothing stays open.
+
+    Where it is not resumable, what an interruption leaves open is closed as failed.
+    """
     require_tracking()
     watcher().stage(describe_data(data))
     watcher().stage("loading the model")
@@ -38,7 +41,7 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
     create_stores()
     close_earlier_try()
     close_abandoned_runs()
-    sweep = open_sweep(experiment, bench.data, flow_tags())
+    sweep = open_sweep(experiment, bench.data, flow_tags() | {RESUMABLE: str(resumable).lower()})
     create_link_artifact(
         key="mlflow-run",
         link=run_link(Tracker(experiment).experiment_id, sweep.run_id),

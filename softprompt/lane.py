@@ -20,13 +20,15 @@ from softprompt import search
 from softprompt.checkpoint import Checkpoints, Ending, identity_of
 from softprompt.delivery import Delivery, TrialReport
 from softprompt.errors import UserError
+from softprompt.history import Outcome
 from softprompt.home import checkpoint_home
+from softprompt.ledger import open_ledger
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
 from softprompt.stopping import Stop, stoppable
 from softprompt.storage import study_store
-from softprompt.sweep import HopelessSweep, Sweep, open_ledger
-from softprompt.tracking import Outcome, Tracker
+from softprompt.sweep import Sweep
+from softprompt.tracking import Tracker
 from softprompt.training import step
 from softprompt.trials import PARAMS, TrialRecord, describe_end, ending_of, record_of, tell
 from softprompt.tuning import Tuning, describe
@@ -329,7 +331,7 @@ class Lane:
         self._on_end(record)
         cause = search.common_cause(self._study)
         if cause:
-            raise HopelessSweep(f"the first trials of {self._sweep.name} all failed, for one cause: {cause}")
+            raise search.HopelessSweep(f"the first trials of {self._sweep.name} all failed, for one cause: {cause}")
 
     def _deliver_end(
         self, number: int, checkpoints: Checkpoints, ending: Ending, tuning: Tuning | None = None

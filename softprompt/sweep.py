@@ -7,8 +7,6 @@ written again: killed at any instant, the next start finds the row and goes on.
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict
@@ -16,8 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from softprompt import search
 from softprompt.closing import abandon
 from softprompt.errors import UserError
-from softprompt.home import study_storage
-from softprompt.ledger import Ledger, SweepRow
+from softprompt.ledger import Ledger, SweepRow, open_ledger
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec, fingerprint
 from softprompt.storage import study_store
@@ -41,20 +38,6 @@ class Sweep(BaseModel):
     """Whether it was begun by an earlier process, which did not end it."""
 
 
-class HopelessSweep(UserError):
-    """A sweep that comes to nothing however often it is gone on with."""
-
-
-def open_ledger() -> Ledger:
-    """The ledger of this process in the study storage."""
-    return _ledger(study_storage())
-
-
-@cache
-def _ledger(url: str) -> Ledger:
-    return Ledger(url)
-
-
 def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False) -> Sweep:
     """The open sweep of the same experiment, rows and weights, gone on with, or a new one; this process drives it.
 
@@ -73,7 +56,7 @@ def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False)
         _take(ledger, row.name)
         if not new:
             return _open(bench, row, tags, resumed=True)
-        abandon(row.name, row.run_id)
+        abandon(row)
         ledger.end_sweep(row.name)
         ledger.release(row.name, SWEEP)
     # Two sweeps may begin in one second.
@@ -94,7 +77,10 @@ def _identify(bench: Workbench) -> str:
 def _open(bench: Workbench, row: SweepRow, tags: Mapping[str, str], *, resumed: bool) -> Sweep:
     """Make what is not there yet of a sweep's records."""
     search.create_study(row.name, study_store(), bench.experiment)
-    run_id = Tracker(bench.experiment).start_sweep(row.name, bench.experiment, bench.data, tags)
+    tracker = Tracker(bench.experiment)
+    run_id = tracker.start_sweep(row.name, bench.experiment, bench.data, tags)
+    if resumed:
+        tracker.reopen_sweep(run_id, tags)
     open_ledger().name_run(row.name, run_id)
     return Sweep(name=row.name, run_id=run_id, resumed=resumed)
 
@@ -122,7 +108,7 @@ def driving(sweep: Sweep) -> Iterator[None]:
     try:
         with ledger.beating():
             yield
-    except HopelessSweep:
+    except search.HopelessSweep:
         ledger.end_sweep(sweep.name)
         raise
     finally:
@@ -133,8 +119,3 @@ def close_sweep(experiment: ExperimentSpec, sweep: Sweep) -> None:
     """Record that a sweep has come to its end: it is not gone on with."""
     Tracker(experiment).end(sweep.run_id, "finished")
     open_ledger().end_sweep(sweep.name)
-
-
-def trial_folder(root: Path, sweep: str, number: int) -> Path:
-    """Where a trial's checkpoints are."""
-    return root / sweep / f"trial-{number:05d}"

@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from softprompt import search
 from softprompt.checkpoint import Ending
+from softprompt.history import Outcome
 from softprompt.objective import Objective
-from softprompt.tracking import Outcome
 
 
 class TrialRecord(BaseModel):

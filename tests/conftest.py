@@ -17,6 +17,8 @@ import pytest
 
 if TYPE_CHECKING:
     from softprompt.backbone import Backbone
+    from tests.cable import Cable
+    from tests.mlflow_server import MlflowServer
 
 _SESSION = Path(tempfile.mkdtemp(prefix="softprompt-tests-"))
 atexit.register(shutil.rmtree, _SESSION, ignore_errors=True)
@@ -84,3 +86,25 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[MlflowServer]":
+    """One real MLflow server for all tests that need one; a test that stops it starts it again."""
+    from tests.mlflow_server import MlflowServer
+
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def cable(mlflow_server: "MlflowServer", monkeypatch: pytest.MonkeyPatch) -> "Iterator[Cable]":
+    """A cable to the server, which is tracked to in this test."""
+    from tests.cable import Cable
+
+    laid = Cable(mlflow_server.port)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", laid.uri)
+    yield laid
+    laid.close()

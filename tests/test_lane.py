@@ -121,7 +121,7 @@ def test_study_tracker_and_records_agree(ends):
             ends.sweep.name,
             str(record.number),
         )
-        assert child.data.tags["prefect.flow_run_id"] == ends.experiment.name
+        assert "prefect.flow_run_id" not in child.data.tags  # the sweep's may change when it goes on
         assert trial.user_attrs.get("reason", "") == child.data.tags.get("softprompt.reason", "") == record.reason
 
 

@@ -125,10 +125,11 @@ class Lane:
     def _refill(self) -> bool:
         """Fill the free slots from the study; False when nothing is left to train."""
         while len(self._running) < self._slots and self._may_start():
-            asked = search.ask(self._study, self._experiment.search)
+            asked = search.ask(self._study, self._experiment.search, self._experiment.budget)
             if asked is None:
-                self._exhausted = True
-                watcher().stage("the search space has nothing new left to try")
+                if search.is_exhausted(self._study):
+                    self._exhausted = True
+                    watcher().stage("the search space has nothing new left to try")
                 break
             trial, params = asked
             try:
@@ -140,9 +141,7 @@ class Lane:
         return bool(self._running)
 
     def _may_start(self) -> bool:
-        trials = self._experiment.budget.trials
-        spent = trials is not None and len(search.counted(self._study)) >= trials
-        return not (spent or self._exhausted or self._overdue)
+        return not (self._exhausted or self._overdue)
 
     @property
     def _overdue(self) -> bool:
@@ -185,7 +184,7 @@ class Lane:
         except FloatingPointError as error:
             self._end(running, "failed", str(error))
             return
-        running.trial.report(metrics.score, at)
+        search.report(running.trial, metrics.score, at)
         # Before the losses: MLflow's comparison page opens with the metric that was logged first.
         self._tracker.log_validation(running.run_id, metrics, step=at)
         self._log_losses(running)
@@ -194,7 +193,7 @@ class Lane:
             self._end(running, "finished")
         elif self._overdue:
             self._end(running, "finished", f"budget.minutes was spent at step {at}")
-        elif running.trial.should_prune():
+        elif search.falls_behind(running.trial, at):
             self._end(
                 running, "pruned", f"{self._objective.show(metrics.score)} at step {at} is too far behind other trials"
             )

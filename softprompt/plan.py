@@ -72,7 +72,8 @@ def _describe_search(experiment: ExperimentSpec) -> str:
 
 def _describe_point(point: StartPoint) -> str:
     method = f"{point.method}, " if point.method else ""
-    return f"{method}{point.initialization}, length {point.length}, learning rate {point.learning_rate:g}"
+    further = "".join(f", {name} {value}" for name, value in point.settings.items())
+    return f"{method}{point.initialization}, length {point.length}, learning rate {point.learning_rate:g}{further}"
 
 
 def _count(trials: int) -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import MedianPruner, NopPruner
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from softprompt import search
 from softprompt.errors import UserError
-from softprompt.spec import ExperimentSpec, load_experiment
+from softprompt.pruning import Halving
+from softprompt.spec import BudgetSpec, ExperimentSpec, StartPoint, load_experiment
 
 DEFAULT = Path(__file__).parent.parent / "experiments" / "movie-sentiment.yaml"
 pytestmark = pytest.mark.filterwarnings("error")  # what a user would see, be it ours or Optuna's
@@ -46,11 +47,12 @@ FINITE = (
 """Four points."""
 
 
+ENDLESS = BudgetSpec(minutes=1e6)
 METHODS = "search.method={choices: [prompt_tuning, prefix_tuning]}"
 
 
 def ask(study: optuna.Study, experiment: ExperimentSpec) -> tuple[optuna.Trial, search.Params]:
-    asked = search.ask(study, experiment.search)
+    asked = search.ask(study, experiment.search, ENDLESS)
     assert asked is not None
     return asked
 
@@ -149,6 +151,39 @@ def test_the_same_seed_suggests_the_same(open_study):
     assert asked(1)[1:] != asked(2)[1:]
 
 
+def test_a_starting_point_may_name_every_setting(open_study):
+    kinds = "search.reparameterization=[{kind: none}, {kind: residual, bottleneck: {choices: [4, 8]}}]"
+    scale, norms = "search.initialization.1.scale={low: 0.5, high: 2}", "search.max_norm={choices: [null, 2.0]}"
+    own = "normal.scale: 1, max_norm: null, dropout: true, reparameterization: residual, residual.bottleneck: 8"
+    point = f"{{length: 7, initialization: normal, learning_rate: 0.1, settings: {{{own}}}}}"
+    dropout = "search.dropout={choices: [false, true]}"
+    study, experiment = open_study(kinds, scale, norms, dropout, f"search.start=[{point}]")
+    trial, params = ask(study, experiment)
+    assert params == {
+        "length": 7,
+        "initialization": "normal",
+        "learning_rate": 0.1,
+        "method": "prompt_tuning",
+        "normal.scale": 1.0,
+        "dropout": True,
+        "max_norm": None,
+        "reparameterization": "residual",
+        "residual.bottleneck": 8,
+    }
+    assert type(trial.params["normal.scale"]) is float
+
+
+def test_the_settings_of_a_trial_make_a_starting_point(open_study):
+    study, experiment = open_study("search.start=[]", "search.dropout={choices: [false, true]}")
+    for _ in range(8):
+        trial, params = ask(study, experiment)
+        study.tell(trial, 0.5)
+        assert search.params_of(study.trials[trial.number], experiment.search) == params
+        point = StartPoint.of(params)
+        assert experiment.search.place(point) == params
+        assert StartPoint.model_validate_json(point.model_dump_json()) == point
+
+
 def same_again(study: optuna.Study, experiment: ExperimentSpec, trial: optuna.Trial) -> search.Params:
     """Ask for a trial's point once more; the next one that is really new."""
     study.enqueue_trial(trial.params)
@@ -199,7 +234,7 @@ def test_settings_that_stand_for_themselves_are_no_twins(open_study):
 def test_a_finite_space_ends(open_study):
     study, experiment = open_study(*FINITE)
     points = []
-    while (asked := search.ask(study, experiment.search)) is not None:
+    while (asked := search.ask(study, experiment.search, ENDLESS)) is not None:
         study.tell(asked[0], 0.5)
         points.append((asked[1]["length"], asked[1]["initialization"]))
     assert sorted(points) == [(2, "labels"), (2, "uniform"), (4, "labels"), (4, "uniform")]
@@ -214,7 +249,7 @@ def test_a_space_of_one_point_ends(open_study):
     trial, params = ask(study, experiment)
     assert params == {"length": 2, "initialization": "labels", "learning_rate": 0.01, "method": "prompt_tuning"}
     study.tell(trial, 0.5)
-    assert search.ask(study, experiment.search) is None
+    assert search.ask(study, experiment.search, ENDLESS) is None
 
 
 def test_waiting_and_duplicate_trials_do_not_count(open_study):
@@ -230,7 +265,7 @@ def test_waiting_and_duplicate_trials_do_not_count(open_study):
 @pytest.mark.parametrize(
     ("pruner", "kind"),
     [
-        ("{kind: halving, first_rung: 10, factor: 3}", SuccessiveHalvingPruner),
+        ("{kind: halving, first_rung: 10, factor: 3}", Halving),
         ("{kind: median, every: 10}", MedianPruner),
         ("{kind: none, every: 10}", NopPruner),
     ],
@@ -245,8 +280,8 @@ def scored(study: optuna.Study, experiment: ExperimentSpec, *scores: float) -> l
     trial, _ = ask(study, experiment)
     verdicts = []
     for rung, score in zip(experiment.rungs, scores, strict=False):
-        trial.report(score, rung)
-        verdicts.append(trial.should_prune())
+        search.report(trial, score, rung)
+        verdicts.append(search.falls_behind(trial, rung))
     study.tell(trial, scores[-1])
     return verdicts
 
@@ -298,3 +333,114 @@ def test_without_a_finished_trial_there_is_no_best(open_study):
     study.tell(ask(study, experiment)[0], state=TrialState.FAIL)
     with pytest.raises(UserError, match=r"no trial of .* finished; look at the reasons of the failed ones"):
         search.best_trial(study)
+
+
+def test_a_study_that_was_left_half_made_is_completed_and_until_then_not_there(storage):
+    starts = [f"{{length: {n}, initialization: labels, learning_rate: 0.01}}" for n in (3, 4, 5)]
+    experiment = load_experiment(DEFAULT, [f"search.start=[{', '.join(starts)}]"])
+    half = optuna.create_study(study_name="half", storage=storage, direction="maximize")
+    half.enqueue_trial(experiment.search.place(experiment.search.start[0]))
+    with pytest.raises(KeyError, match="the study half was never completed"):
+        search.load_study("half", storage, experiment)
+    for _ in range(2):
+        search.create_study("half", storage, experiment)
+    study = search.load_study("half", storage, experiment)
+    assert [ask(study, experiment)[1]["length"] for _ in range(3)] == [3, 4, 5]
+    assert len(study.trials) == 3
+
+
+def test_a_score_is_reported_once_and_in_silence(open_study):
+    study, experiment = open_study()
+    trial, _ = ask(study, experiment)
+    search.report(trial, 0.5, 30)
+    search.report(trial, 0.6, 30)
+    again, _ = search.reopen(study, trial.number, experiment.search, ENDLESS)
+    search.report(again, 0.7, 30)
+    assert study.trials[0].intermediate_values == {30: 0.5}
+
+
+def test_a_rung_once_passed_is_passed_again_whatever_others_reported_since(open_study):
+    study, experiment = open_study("search.pruner={kind: halving, first_rung: 30, factor: 2}")
+    first, second = (ask(study, experiment)[0] for _ in range(2))
+    for trial, score in ((first, 0.5), (second, 0.9)):
+        search.report(trial, score, 30)
+        assert not search.falls_behind(trial, 30)
+    assert first.should_prune()  # by what is known now
+    again, _ = search.reopen(study, first.number, experiment.search, ENDLESS)
+    assert not search.falls_behind(again, 30)
+    search.report(again, 0.5, 60)
+    assert not search.falls_behind(again, 60)
+
+
+def test_a_trial_that_has_been_in_training_is_no_duplicate_of_one_that_got_the_same_settings_later(open_study):
+    study, experiment = open_study()
+    first = study.ask()  # has a number, and no settings yet
+    trained, params = ask(study, experiment)
+    search.report(trained, 0.5, 30)
+    study.enqueue_trial({})
+    for name, distribution in trained.distributions.items():
+        study._storage.set_trial_param(
+            first._trial_id, name, distribution.to_internal_repr(trained.params[name]), distribution
+        )
+    assert search.reopen(study, trained.number, experiment.search, ENDLESS)[1] == params
+
+
+def test_what_has_ended_is_not_opened_again(open_study):
+    study, experiment = open_study()
+    trial, _ = ask(study, experiment)
+    assert search.unfinished(study) == [0]
+    study.tell(trial, 0.5)
+    assert search.unfinished(study) == []
+    assert search.reopen(study, 0, experiment.search, ENDLESS) is None
+
+
+def test_trials_asked_for_beside_the_last_of_the_budget_are_surplus(open_study):
+    study, experiment = open_study()
+    budget = BudgetSpec(trials=2)
+    for _ in range(4):  # as by four lanes that all looked before any of them asked
+        study.ask()
+    opened = [search.reopen(study, n, experiment.search, budget) is not None for n in (3, 0, 2, 1)]
+    assert opened == [False, True, False, True]
+    assert [(t.state, t.user_attrs) for t in study.trials[2:]] == [(TrialState.FAIL, {search.SURPLUS: True})] * 2
+    assert [t.number for t in search.counted(study)] == [0, 1]
+    assert search.ask(study, experiment.search, budget) is None
+
+
+def test_a_duplicate_in_the_last_place_leaves_it_to_another(open_study):
+    study, experiment = open_study()
+    budget = BudgetSpec(trials=2)
+    first, _ = ask(study, experiment)
+    study.enqueue_trial(first.params)
+    last, beside = study.ask().number, study.ask().number
+    assert search.reopen(study, beside, experiment.search, budget) is None
+    assert search.reopen(study, last, experiment.search, budget) is None
+    assert search.DUPLICATE_OF in study.trials[last].user_attrs
+    trial, _ = search.ask(study, experiment.search, budget)
+    assert [t.number for t in search.counted(study)] == [0, trial.number]
+
+
+def failed(study: optuna.Study, experiment: ExperimentSpec, reason: str) -> None:
+    trial, _ = ask(study, experiment)
+    trial.set_user_attr(search.REASON, reason)
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def test_where_every_trial_fails_for_one_reason_it_is_the_common_cause(open_study):
+    study, experiment = open_study()
+    for value in ("nan", "inf"):
+        failed(study, experiment, f"the training loss is {value} at step 12")
+        assert search.common_cause(study) is None
+    failed(study, experiment, "the training loss is -1.5e+30 at step 7")
+    assert search.common_cause(study) == "the training loss is nan at step 12"
+    failed(study, experiment, "out of memory")
+    assert search.common_cause(study) is None
+
+
+def test_one_trial_that_finished_or_was_pruned_rules_a_common_cause_out(open_study):
+    for end in ({"values": 0.5}, {"state": TrialState.PRUNED}):
+        study, experiment = open_study()
+        for _ in range(3):
+            failed(study, experiment, "out of memory")
+        assert search.common_cause(study) == "out of memory"
+        study.tell(ask(study, experiment)[0], **end)
+        assert search.common_cause(study) is None

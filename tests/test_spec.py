@@ -123,6 +123,22 @@ def test_the_default_experiment_is_valid():
         ("search.method={choices: []}", "search.method.choices: Tuple should have at least 1 item"),
         ("search.start.0.method=prefix_tuning", "search: start.0.method must be one of ['prompt_tuning'], got 'prefix"),
         ("search.start.0.length=65", "search: start.0.length=65 lies outside search.length; change one of them"),
+        (
+            "search.start.0.settings={normal.scale: 0.5}",
+            "search: start.0.settings.normal.scale is no setting of this point; it has length, initialization, ",
+        ),
+        (
+            "search.start.0.settings={dropout: true}",
+            "search: start.0.settings.dropout=True lies outside search.dropout; change one of them",
+        ),
+        (
+            "search.start.0={length: 20, initialization: uniform, learning_rate: 0.01, settings: {uniform.bound: 2}}",
+            "search: start.0.settings.uniform.bound=2 lies outside search.initialization.0.bound; change one of them",
+        ),
+        (
+            "search.start.0.settings={length: 20}",
+            "search.start.0: settings.length: length stands beside the settings, not among them; move it",
+        ),
         ("search.length=8", "search: start.0.length=20 lies outside search.length; change one of them"),
         ("search.learning_rate={choices: [1]}", "search: start.0.learning_rate=0.01 lies outside search.learning_rate"),
     ],

@@ -1,5 +1,6 @@
 """The space that is searched, and how: every searched value is a small distribution."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -105,7 +106,16 @@ SearchedSwitch = Annotated[Annotated[bool, Tag("fixed")] | Annotated[Choices[boo
 SearchedText = Annotated[Annotated[Words, Tag("fixed")] | Annotated[Choices[Words], Tag("choices")], _by_shape]
 
 
-class UniformInit(Spec):
+class Kind(Spec):
+    """One of several ways, named by its `kind`, with settings of its own."""
+
+    @property
+    def settings(self) -> list[str]:
+        """The names of its settings."""
+        return [name for name in type(self).model_fields if name != "kind"]
+
+
+class UniformInit(Kind):
     """Each component drawn from U[-bound, bound]."""
 
     kind: Literal["uniform"] = "uniform"
@@ -113,7 +123,7 @@ class UniformInit(Spec):
     """Half-width of the interval."""
 
 
-class NormalInit(Spec):
+class NormalInit(Kind):
     """Each component drawn from a normal with the embedding table's own mean and deviation, per dimension."""
 
     kind: Literal["normal"] = "normal"
@@ -121,7 +131,7 @@ class NormalInit(Spec):
     """Factor on the table's deviation."""
 
 
-class VocabularyInit(Spec):
+class VocabularyInit(Kind):
     """Embeddings of tokens sampled without replacement from the most common ones."""
 
     kind: Literal["vocabulary"] = "vocabulary"
@@ -129,7 +139,7 @@ class VocabularyInit(Spec):
     """How many of the tokenizer's lowest ids to sample from: merges are ordered by frequency."""
 
 
-class TextInit(Spec):
+class TextInit(Kind):
     """Embeddings of a text, cut to the length or filled up from the common vocabulary."""
 
     kind: Literal["text"] = "text"
@@ -137,7 +147,7 @@ class TextInit(Spec):
     """The text."""
 
 
-class LabelsInit(Spec):
+class LabelsInit(Kind):
     """Embeddings of the label words, sub-tokens of one label averaged, filled up from the common vocabulary."""
 
     kind: Literal["labels"] = "labels"
@@ -146,13 +156,13 @@ class LabelsInit(Spec):
 InitSpec = Annotated[UniformInit | NormalInit | VocabularyInit | TextInit | LabelsInit, Field(discriminator="kind")]
 
 
-class NoReparameterization(Spec):
+class NoReparameterization(Kind):
     """The prompt itself is trained."""
 
     kind: Literal["none"] = "none"
 
 
-class ResidualReparameterization(Spec):
+class ResidualReparameterization(Kind):
     """Vectors and a network that all of them pass, with a skip connection; folded into the prompt after training."""
 
     kind: Literal["residual"] = "residual"
@@ -224,7 +234,7 @@ PrunerSpec = Annotated[HalvingPruner | MedianPruner | NoPruner, Field(discrimina
 
 
 class StartPoint(Spec):
-    """A trial that the search begins with, before it suggests its own."""
+    """A trial that the search begins with, before it suggests its own. What it does not name, the search chooses."""
 
     length: Length
     """Prompt length (P)."""
@@ -233,7 +243,27 @@ class StartPoint(Spec):
     learning_rate: Positive
     """Peak learning rate."""
     method: Method | None = None
-    """Method, one of those searched; without it the search chooses."""
+    """Method, one of those searched."""
+    settings: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """Further settings by their full names, as `dropout`, `max_norm`, `reparameterization`, `normal.scale`."""
+
+    @model_validator(mode="after")
+    def _stands_once(self) -> Self:
+        twice = [name for name in self.settings if name in type(self).model_fields]
+        if twice:
+            raise ValueError(f"settings.{twice[0]}: {twice[0]} stands beside the settings, not among them; move it")
+        return self
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Self:
+        """The point at which a trial has these settings."""
+        fields = {name: value for name, value in params.items() if name in cls.model_fields}
+        return cls(**fields, settings={name: value for name, value in params.items() if name not in fields})
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Everything that it names, by the names that a trial's settings have."""
+        return self.model_dump(exclude={"settings"}, exclude_none=True) | self.settings
 
 
 class SearchSpec(Spec):
@@ -288,20 +318,56 @@ class SearchSpec(Spec):
 
     @model_validator(mode="after")
     def _starts_lie_inside(self) -> Self:
-        kinds = [i.kind for i in self.initialization]
         for n, point in enumerate(self.start):
-            if point.initialization not in kinds:
-                raise ValueError(f"start.{n}.initialization must be one of {kinds}, got {point.initialization!r}")
-            if point.method not in (None, *self.methods):
-                raise ValueError(f"start.{n}.method must be one of {list(self.methods)}, got {point.method!r}")
-            for name in ("length", "learning_rate"):
-                value, space = getattr(point, name), getattr(self, name)
-                if not _holds(space, value):
-                    raise ValueError(f"start.{n}.{name}={value:g} lies outside search.{name}; change one of them")
+            try:
+                self.place(point)
+            except ValueError as error:
+                raise ValueError(f"start.{n}.{error}") from None
         return self
 
+    def place(self, point: StartPoint) -> dict[str, Any]:
+        """The values that a point names, as the space has them, by the names of a trial's settings.
 
-def _holds(space: Any, value: float) -> bool:
+        Raises ValueError where one lies outside, or where the point has no such setting.
+        """
+        spaces, placed = self._spaces(point), {}
+        for name, value in point.named.items():
+            where = f"settings.{name}" if name in point.settings else name
+            if name not in spaces:
+                raise ValueError(f"{where} is no setting of this point; it has {', '.join(spaces)}")
+            key, space = spaces[name]
+            placed[name] = _find(space, value, where, key)
+        return placed
+
+    def _spaces(self, point: StartPoint) -> dict[str, tuple[str, Any]]:
+        """What a point may name: the key in the search, and what it may be."""
+        names = ["length", "initialization", "learning_rate", "method", "dropout"]
+        if "prompt_tuning" in ([point.method] if point.method else self.methods):
+            names += ["max_norm", "reparameterization"]
+        spaces: dict[str, tuple[str, Any]] = {}
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                spaces[name] = name, value
+                continue
+            spaces[name] = name, Choices[str](choices=tuple(spec.kind for spec in value))
+            for n, spec in enumerate(value):
+                if spec.kind == point.named.get(name, spec.kind):
+                    own = {f"{spec.kind}.{key}": (f"{name}.{n}.{key}", getattr(spec, key)) for key in spec.settings}
+                    spaces |= own
+        return spaces
+
+
+def _find(space: Any, value: Any, where: str, key: str) -> Any:
+    """The value as the space has it; ValueError where it has none such."""
+    outside = f"{where}={value!r} lies outside search.{key}; change one of them"
     if isinstance(space, FloatRange):
-        return space.low <= value <= space.high
-    return bool(value in space.choices if isinstance(space, Choices) else value == space)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and space.low <= value <= space.high
+        if not number or (isinstance(space, IntRange) and value != int(value)):
+            raise ValueError(outside)
+        return int(value) if isinstance(space, IntRange) else float(value)
+    options = space.choices if isinstance(space, Choices) else (space,)
+    for option in options:
+        if option == value and isinstance(option, bool) == isinstance(value, bool):
+            return option
+    raise ValueError(f"{where} must be one of {list(options)}, got {value!r}" if isinstance(value, str) else outside)

@@ -1,6 +1,6 @@
 """The wall time of a whole sweep of N short trials to equal best score, both sides by turns, trial by trial.
 
-Ours is the product's own way: `open_sweep` and `Lane`, with the study in SQLite, every trial a run in MLflow, prompts
+Ours is the product's own way: `begin_sweep` and `Lane`, with the study in SQLite, every trial a run in MLflow, prompts
 stored, and as many slots as the product chooses for the device. The peer is Optuna around PEFT with the Trainer, in the
 way of transformers' own search: the objective trains a fresh prompt, and a callback of the Trainer reports each
 validation and raises `TrialPruned` where the study says so. To leave engine, scoring and slots as the only difference,
@@ -26,7 +26,7 @@ from benchmarks.subject import Subject, gold
 from benchmarks.timing import Stopwatch, ratio
 from softprompt import search
 from softprompt.evaluation import Metrics
-from softprompt.lane import Lane, TrialRecord, open_sweep
+from softprompt.lane import Lane
 from softprompt.progress import Lines, watched_by
 from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec, validate_experiment
@@ -122,7 +122,7 @@ def measure(subject: Subject, sizes: Sizes) -> dict[str, Any]:
 
     create_stores()
     with watched_by(Lines(lambda text: None)), bench.course.watch.running():
-        Lane(bench, open_sweep(bench.experiment, bench.data, {}), on_end=take_turn).run()
+        Lane(bench, begin_sweep(bench, {}), on_end=take_turn).run()
     slots = choose_slots(bench).slots
     return {"rungs": bench.experiment.rungs, "rows": sizes.trial_rows, "slots": slots, **_compare(courses)}
 

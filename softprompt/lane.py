@@ -21,7 +21,7 @@ from softprompt.checkpoint import Checkpoints, Ending, identity_of
 from softprompt.delivery import Delivery, TrialReport
 from softprompt.errors import UserError
 from softprompt.history import Outcome
-from softprompt.home import checkpoint_home
+from softprompt.home import checkpoint_home, tracking_server
 from softprompt.ledger import open_ledger
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
@@ -30,8 +30,8 @@ from softprompt.storage import study_store
 from softprompt.sweep import Sweep
 from softprompt.tracking import Tracker
 from softprompt.training import step
-from softprompt.trials import PARAMS, TrialRecord, describe_end, ending_of, record_of, tell
-from softprompt.tuning import Tuning, describe
+from softprompt.trials import TrialRecord, describe_end, ending_of, record_of, tell
+from softprompt.tuning import Tuning, describe, history_of
 from softprompt.workbench import Workbench
 
 _POLL = 1.0
@@ -85,7 +85,8 @@ class Lane:
         self._exhausted = False
         self._steps = 0
         self._ended_steps: list[int] = []
-        self._spent = self._ledger.find_sweep(sweep.name).seconds
+        row = self._ledger.find_sweep(sweep.name)
+        self._spent = row.seconds if row else 0.0
         """Seconds of search before this lane began."""
         self._began = time.monotonic()
 
@@ -126,10 +127,11 @@ class Lane:
             if len(self._running) < self._slots and self._ledger.claim(self._sweep.name, _subject(number)):
                 self._take_up(number)
         while len(self._running) < self._slots and self._may_start():
-            asked = search.ask(self._study, self._experiment.search, self._experiment.budget.trials)
+            asked = search.ask(self._study, self._experiment.search, self._experiment.budget)
             if asked is None:
-                self._exhausted = True
-                watcher().stage("the search space has nothing new left to try")
+                self._exhausted = search.is_exhausted(self._study)
+                if self._exhausted:
+                    watcher().stage("the search space has nothing new left to try")
                 break
             trial, params = asked
             if self._ledger.claim(self._sweep.name, _subject(trial.number)):  # another lane may have been quicker
@@ -145,25 +147,23 @@ class Lane:
         """Go on with a trial that this lane has just claimed, at whatever point it was left."""
         checkpoints = self._checkpoints(number)
         trial, ending = self._frozen(number), checkpoints.ending
-        if trial.state.is_finished():
+        if trial.state.is_finished() and search.is_counted(trial):
             self._deliver_end(number, checkpoints, ending or ending_of(trial))
             return
-        reopened = search.reopen(self._study, number, self._experiment.search)
-        if reopened is None:  # a duplicate, told by now
+        reopened = search.reopen(self._study, number, self._experiment.search, self._experiment.budget)
+        if reopened is None:  # it is told by now not to be trained
             self._ledger.release(self._sweep.name, _subject(number))
         elif ending is not None:
             self._finish(reopened[0], checkpoints, ending)
         else:
-            self._start(*reopened)
+            self._start(*reopened, left=True)
 
     def _frozen(self, number: int) -> FrozenTrial:
         """A trial as the study has it now."""
         return next(t for t in self._study.get_trials(deepcopy=False) if t.number == number)
 
     def _may_start(self) -> bool:
-        trials = self._experiment.budget.trials
-        spent = trials is not None and len(search.counted(self._study)) >= trials
-        return not (spent or self._exhausted or self._overdue)
+        return not (self._exhausted or self._overdue)
 
     @property
     def _seconds(self) -> float:
@@ -179,40 +179,43 @@ class Lane:
         folder = checkpoint_home() / self._sweep.name / f"trial-{number:05d}"
         return Checkpoints(folder, identity_of(self._bench, self._sweep.name, number))
 
-    def _start(self, trial: optuna.Trial, params: search.Params) -> None:
-        """Put a trial that this lane holds into a slot, from its last checkpoint if it has one."""
+    def _start(self, trial: optuna.Trial, params: search.Params, *, left: bool = False) -> None:
+        """Put a trial that this lane holds into a slot; one that was left goes on from its last checkpoint."""
         checkpoints = self._checkpoints(trial.number)
-        trial.set_user_attr(PARAMS, params)
         trial.set_user_attr(search.TITLE, f"trial {trial.number}: {describe(params)}")
         try:
             tuning = Tuning(self._bench, params, number=trial.number, seed=[self._experiment.seed, trial.number])
         except Exception as error:  # of this trial's settings alone, and not of the sweep
-            self._refuse(trial, checkpoints, error)
+            reason = _told(error)
+            ending = Ending(outcome="failed", reason=reason, score=None, val_loss=None, steps=0, seconds=0.0)
+            self._finish(trial, checkpoints, checkpoints.close(ending, None))
             return
-        self._delivery.fetch_checkpoints(trial.number, checkpoints)
         running = _Running(trial, tuning, checkpoints)
         self._running.append(running)
-        state = checkpoints.load()
-        if state is not None:
-            tuning.restore(state)
-            watcher().stage(f"{tuning.title}: goes on from step {tuning.slot.steps_done}")
+        if left:
+            self._fetch(trial.number, checkpoints)
+            if checkpoints.load(tuning.restore) is not None:
+                watcher().stage(f"{tuning.title}: goes on from step {tuning.slot.steps_done}")
         self._report(running)
         self._trials = search.counted(self._study)
-        if tuning.judged:
+        if tuning.judged is not None:
             self._judge(running)
 
-    def _refuse(self, trial: optuna.Trial, checkpoints: Checkpoints, error: Exception) -> None:
-        """Fail a trial that cannot begin."""
-        ending = Ending(outcome="failed", reason=_told(error), score=None, val_loss=None, steps=0, seconds=0.0)
-        checkpoints.close(ending, None)
-        self._finish(trial, checkpoints, ending)
+    def _fetch(self, number: int, checkpoints: Checkpoints) -> None:
+        """Get what a lane of another machine has stored, where there may be one."""
+        if tracking_server() is None:
+            return
+        try:
+            self._tracker.fetch_checkpoints(self._sweep.name, number, checkpoints.folder)
+        except Exception as error:
+            watcher().stage(f"trial {number}: its checkpoints cannot be fetched ({_told(error)}), those here are used")
 
     def _step(self) -> None:
         """One training step of every slot, and what follows from it."""
         self._whole = False
         losses = self._advance()
         for running, loss in losses:
-            running.tuning.log_loss(loss)
+            running.tuning.add_loss(loss)
         self._whole = True
         self._steps += len(losses)
         for running, _ in losses:
@@ -258,25 +261,26 @@ class Lane:
 
         Done again after a death, it says the same.
         """
-        tuning, at = running.tuning, running.tuning.slot.steps_done
-        score = tuning.last_score
+        tuning, at, score = running.tuning, running.tuning.slot.steps_done, running.tuning.judged
+        assert score is not None
         search.report(running.trial, score, at)
         watcher().step(tuning.progress(), self._progress())
         if tuning.slot.finished:
             self._end(running, "finished")
         elif self._overdue:
             self._end(running, "finished", f"budget.minutes was spent at step {at}")
-        elif running.trial.should_prune():
+        elif search.falls_behind(running.trial, at):
             self._end(running, "pruned", f"{self._objective.show(score)} at step {at} is too far behind other trials")
 
     def _save(self, running: _Running) -> bool:
         """Write a checkpoint, and report what is in it; False where the trial is another lane's by now."""
         if not self._still_held(running):
             return False
-        running.checkpoints.save(running.tuning.slot.steps_done, running.tuning.state())
+        saved = running.checkpoints.save(running.tuning.slot.steps_done, running.tuning.state())
         running.saved = time.monotonic()
         self._ledger.spend(self._sweep.name, self._seconds)
-        self._report(running)
+        if saved is not None:
+            self._report(running)
         return True
 
     def _report(self, running: _Running) -> None:
@@ -288,7 +292,7 @@ class Lane:
                 name=tuning.title.removeprefix("trial "),
                 params=tuning.params,
                 history=tuning.history,
-                length=len(tuning.history) if files else 0,
+                length=len(tuning.history),
                 checkpoint=files[-1] if files else None,
             )
         )
@@ -316,7 +320,7 @@ class Lane:
         )
         self._running.remove(running)
         self._ended_steps.append(tuning.slot.steps_done)
-        running.checkpoints.close(ending, tuning.prompt() if best else None)
+        ending = running.checkpoints.close(ending, tuning.prompt() if best else None)
         self._finish(running.trial, running.checkpoints, ending, tuning)
 
     def _finish(
@@ -333,18 +337,17 @@ class Lane:
         if cause:
             raise search.HopelessSweep(f"the first trials of {self._sweep.name} all failed, for one cause: {cause}")
 
-    def _deliver_end(
-        self, number: int, checkpoints: Checkpoints, ending: Ending, tuning: Tuning | None = None
-    ) -> None:
+    def _deliver_end(self, number: int, checkpoints: Checkpoints, ending: Ending, tuning: Tuning | None = None) -> None:
         """Let the trial's run say how it ended; the lease is kept until it does."""
         frozen = self._frozen(number)
-        history = tuning.history if tuning else checkpoints.history()
+        state = None if tuning else checkpoints.load()
+        history = tuning.history if tuning else history_of(state) if state else []
         self._undelivered[number] = checkpoints
         self._delivery.put(
             TrialReport(
                 number=number,
                 name=str(frozen.user_attrs[search.TITLE]).removeprefix("trial "),
-                params=frozen.user_attrs[PARAMS],
+                params=search.params_of(frozen, self._experiment.search),
                 history=history,
                 length=len(history),
                 ending=ending,

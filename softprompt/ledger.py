@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -49,6 +50,7 @@ from softprompt.database import (
     making_tables,
     persist,
 )
+from softprompt.home import study_storage
 
 _RELEASE_SECONDS = 5.0
 """How long the end of a process waits for a database that is away; its leases are found dead anyway."""
@@ -94,6 +96,16 @@ class SweepRow:
     """What it has spent of a budget in time."""
 
 
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a lease."""
+
+    host: str
+    pid: int
+    here: bool
+    """Whether it is one of this machine, so that `claim` knows at once whether it lives."""
+
+
 @dataclass
 class _Sighting:
     """What was last seen of a lease of another machine."""
@@ -118,7 +130,8 @@ class Ledger:
 
     def __init__(self, url: str, *, patience: float = 60.0, _host: str | None = None) -> None:
         self.holder = uuid4().hex
-        self._patience = patience
+        self.patience = patience
+        """Seconds after which a holder on another machine that does not move counts as dead."""
         self._host = _host or _this_host()
         self._pid = os.getpid()
         self._born = _birth(self._pid) or 0.0
@@ -170,6 +183,11 @@ class Ledger:
 
         return persist(read)
 
+    def holder_of(self, sweep: str, subject: str) -> Holder | None:
+        """Who holds a lease, dead or alive; None where nobody does."""
+        rows = self._read(select(_leases).where(_is(sweep, subject)))
+        return Holder(rows[0].host.partition(" ")[0], rows[0].pid, rows[0].host == self._host) if rows else None
+
     def release(self, sweep: str, subject: str) -> None:
         """Give a lease back; nothing where it is not ours."""
         self._write(delete(_leases).where(_is(sweep, subject), _leases.c.holder == self.holder))
@@ -199,7 +217,7 @@ class Ledger:
             thread.join(_RELEASE_SECONDS)  # a connection that hangs holds up nobody
 
     def _beat_until(self, over: threading.Event) -> None:
-        pause = self._patience / 6
+        pause = self.patience / 6
         while not over.wait(pause):
             # One attempt at a time: what comes of it is for `holds` to tell.
             with suppress(SQLAlchemyError), self._engine.begin() as connection:
@@ -224,6 +242,14 @@ class Ledger:
     def find_sweep(self, name: str) -> SweepRow | None:
         """A sweep by its name, open or ended."""
         return next(iter(self._find(_sweeps.c.name == name)), None)
+
+    def is_open(self, name: str) -> bool:
+        """Whether a sweep is there and has not ended."""
+        return bool(self._find(_sweeps.c.name == name, _sweeps.c.ended.is_(False)))
+
+    def name_run(self, name: str, run_id: str) -> None:
+        """Record the parent run of a sweep, once it is there."""
+        self._write(update(_sweeps).where(_sweeps.c.name == name).values(run_id=run_id))
 
     def end_sweep(self, name: str) -> None:
         """Close a sweep: it is not gone on with any more."""
@@ -258,7 +284,7 @@ class Ledger:
         if lease.host == self._host and abs(lease.born - self._born) > _SAME_BIRTH_SECONDS:
             return True  # a process before this one had its id
         # An earlier ledger of this very process is like one elsewhere: only its beat can tell.
-        return self._still_for(lease) >= self._patience
+        return self._still_for(lease) >= self.patience
 
     def _still_for(self, lease: Row[Any]) -> float:
         """Seconds over which a lease was seen not to move.
@@ -270,9 +296,20 @@ class Ledger:
             seen = self._seen.get(key)
             if seen is None or (seen.holder, seen.beat) != (lease.holder, lease.beat):
                 seen = self._seen[key] = _Sighting(lease.holder, lease.beat, now)
-            seen.still += min(now - seen.at, self._patience / 3)
+            seen.still += min(now - seen.at, self.patience / 3)
             seen.at = now
             return seen.still
+
+
+def open_ledger() -> Ledger:
+    """The ledger of this process, in the study storage that is configured."""
+    return _open(study_storage(), os.getpid())
+
+
+@cache
+def _open(url: str, process: int) -> Ledger:
+    """One for each process: a fork is another holder."""
+    return Ledger(url)
 
 
 def _is(sweep: str, subject: str) -> ColumnElement[bool]:

@@ -56,6 +56,10 @@ Params = dict[str, Any]
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+class HopelessSweep(UserError):
+    """A search that comes to nothing, however often it is gone on with."""
+
+
 def create_study(name: str, storage: str | BaseStorage, experiment: ExperimentSpec) -> None:
     """Make the study, with the experiment's starting points first in line.
 
@@ -202,7 +206,7 @@ def _twin(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial | None:
         return trials[own.user_attrs[DUPLICATE_OF]]
     if own.intermediate_values:
         return None  # it has been in training, and nothing that others did since then takes that back
-    earlier = (t for t in trials[: trial.number] if t.params == own.params and _counts(t))
+    earlier = (t for t in trials[: trial.number] if t.params == own.params and is_counted(t))
     return next((t for t in earlier if t.state != TrialState.FAIL), None)
 
 
@@ -238,10 +242,11 @@ def falls_behind(trial: optuna.Trial, step: int) -> bool:
 
 def counted(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that count towards the budget: asked for, and neither duplicate nor surplus."""
-    return [t for t in study.get_trials(deepcopy=False) if _counts(t)]
+    return [t for t in study.get_trials(deepcopy=False) if is_counted(t)]
 
 
-def _counts(trial: FrozenTrial) -> bool:
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether a trial was asked for, and is neither duplicate nor surplus."""
     attrs = trial.user_attrs
     return trial.state != TrialState.WAITING and DUPLICATE_OF not in attrs and SURPLUS not in attrs
 
@@ -276,11 +281,11 @@ def fail_running(name: str, storage: str | BaseStorage) -> None:
 def best_trial(study: optuna.Study) -> FrozenTrial:
     """The finished trial of the best score; of equal ones that of the lowest validation loss, then the earliest.
 
-    Raises UserError where no trial finished.
+    Raises HopelessSweep where no trial finished.
     """
     finished = [t for t in counted(study) if t.state == TrialState.COMPLETE]
     if not finished:
-        raise UserError(f"no trial of {study.study_name} finished; look at the reasons of the failed ones")
+        raise HopelessSweep(f"no trial of {study.study_name} finished; look at the reasons of the failed ones")
     sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
     return min(finished, key=lambda t: (sign * (t.value or 0.0), t.user_attrs[VAL_LOSS], t.number))
 

@@ -235,7 +235,6 @@ class Tracker:
         target.mkdir(parents=True, exist_ok=True)
         return Path(self.client.download_artifacts(run_id, PROMPT, str(target)))
 
-
     def store_checkpoint(self, run_id: str, file: Path) -> None:
         """Store a checkpoint with a trial's run, in the place of those before it."""
         self.client.log_artifact(run_id, str(file), CHECKPOINT)

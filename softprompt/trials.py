@@ -25,8 +25,6 @@ class TrialRecord(BaseModel):
     seconds: float
 
 
-PARAMS = "params"
-"""Attribute of a trial: its settings, those that are not searched included."""
 _ENDING = "ending"
 """Attribute of a trial: how it ended."""
 

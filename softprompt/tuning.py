@@ -271,6 +271,11 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def history_of(state: State) -> list[Entry]:
+    """The history in a state; ValueError where it has none."""
+    return unpack(_Meta.model_validate(state.meta).history, _below("history.", state.tensors))
+
+
 def describe(params: dict[str, Any]) -> str:
     """The settings of a trial in words, as `labels · P=20 · lr 0.01`; what is off is left out."""
     words = ["prefix"] if params.get("method") == "prefix_tuning" else []

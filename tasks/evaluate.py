@@ -93,7 +93,9 @@ def evaluate_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep, baseli
     bench = Workbench(experiment, load_prepared(Path(data)))
     best = best_trial(load_study(sweep.name, study_store(), experiment))
     tracker = Tracker(experiment)
-    run_id = tracker.trial_run(sweep.name, best.number)
+    run_id = tracker.find_trial_run(sweep.name, best.number)
+    if run_id is None:
+        raise RuntimeError(f"trial {best.number} of {sweep.name} has no run in MLflow")
     with tempfile.TemporaryDirectory() as folder:
         winner = SoftPrompt.load(tracker.fetch_prompt(run_id, Path(folder)))
     metrics = measure_prompt(bench, winner)

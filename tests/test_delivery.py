@@ -18,11 +18,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
-from softprompt.checkpoint import Ending, Entry
+from softprompt.checkpoint import Ending
+from softprompt.history import Entry
 from softprompt.data import PreparedData
 from softprompt.delivery import Delivery, TrialReport
 from softprompt.home import tracking_file, tracking_uri
-from softprompt.lane import Sweep
+from softprompt.sweep import Sweep
 from softprompt.progress import Lines, watched_by
 from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
@@ -58,7 +59,7 @@ class Scene:
         self.tracker = Tracker(experiment)
         self.experiment, self.data, self.folder = experiment, data, folder
         name = next(_names)
-        self.sweep = Sweep(name=name, run_id=self.tracker.start_sweep(name, experiment, data, {}), tags={})
+        self.sweep = Sweep(name=name, run_id=self.tracker.start_sweep(name, experiment, data, {}))
         self.delivered: list[TrialReport] = []
         self._open: list[Delivery] = []
 
@@ -409,7 +410,7 @@ import sys, time
 from pathlib import Path
 from softprompt.checkpoint import Entry
 from softprompt.delivery import Delivery, TrialReport
-from softprompt.lane import Sweep
+from softprompt.sweep import Sweep
 from softprompt.spec import load_experiment
 from softprompt.tracking import Tracker
 
@@ -418,7 +419,7 @@ class Experiment:
         objective = None
     name = "hanging"
 
-delivery = Delivery(Tracker(Experiment), Sweep(name="a", run_id="b", tags={}), None)
+delivery = Delivery(Tracker(Experiment), Sweep(name="a", run_id="b"), None)
 delivery.put(TrialReport(0, "a", {}, [Entry("train_loss", 0.5, 1, 1)], 1))
 time.sleep(1)
 print(delivery.pending, delivery.flush(wait=False), delivery.close(patience=1))

@@ -16,7 +16,7 @@ import psutil
 from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from softprompt.errors import UserError
 from softprompt.home import without_secrets
@@ -97,7 +97,7 @@ def persist(call: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
 
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
-        wait=wait_exponential_jitter(initial=0.05, max=5.0, jitter=0.1),
+        wait=wait_random_exponential(multiplier=0.1, max=5.0),
         stop=stop_after_delay(seconds),
         before_sleep=tell,
         reraise=True,

@@ -358,11 +358,10 @@ class Lane:
     def _collect(self) -> None:
         """Let go of the trials whose records have arrived."""
         while not self._delivered.empty():
-            number = self._delivered.get().number
-            checkpoints = self._undelivered.pop(number, None)
-            if checkpoints is not None:
-                checkpoints.remove()
-                self._ledger.release(self._sweep.name, _subject(number))
+            report = self._delivered.get()
+            if report.ending is not None:
+                self._undelivered.pop(report.number).remove()
+                self._ledger.release(self._sweep.name, _subject(report.number))
 
     def _leave(self) -> None:
         """Save what is in the slots, and let go of everything: whoever comes next goes on from the disk."""

@@ -86,9 +86,10 @@ class StudyStore(RDBStorage):
     def _begin(self, trial_id: int) -> bool:
         """Take a waiting trial. Optuna reads and then writes, so on SQLite two processes could take the same one."""
         now = datetime.now(UTC).replace(tzinfo=None)
-        begun = update(TrialModel).where(TrialModel.trial_id == trial_id, TrialModel.state == TrialState.WAITING)
+        table: Any = TrialModel.__table__  # the class has properties of some of the columns' names
+        waiting = update(table).where(table.c.trial_id == trial_id, table.c.state == TrialState.WAITING)
         with self.engine.begin() as connection:
-            done = connection.execute(begun.values(state=TrialState.RUNNING, datetime_start=now))
+            done = connection.execute(waiting.values(state=TrialState.RUNNING, datetime_start=now))
         return done.rowcount == 1
 
     def _says(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:

@@ -4,6 +4,7 @@ The ledger knows which sweeps are open. A row there is the first that is written
 written again: killed at any instant, the next start finds the row and goes on.
 """
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from softprompt import search
 from softprompt.closing import abandon
 from softprompt.errors import UserError
+from softprompt.home import checkpoint_home
 from softprompt.ledger import Ledger, SweepRow, open_ledger
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec, fingerprint
@@ -58,6 +60,7 @@ def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False)
             return _open(bench, row, tags, resumed=True)
         abandon(row)
         ledger.end_sweep(row.name)
+        shutil.rmtree(checkpoint_home() / row.name, ignore_errors=True)
         ledger.release(row.name, SWEEP)
     # Two sweeps may begin in one second.
     name = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
@@ -119,3 +122,4 @@ def close_sweep(experiment: ExperimentSpec, sweep: Sweep) -> None:
     """Record that a sweep has come to its end: it is not gone on with."""
     Tracker(experiment).end(sweep.run_id, "finished")
     open_ledger().end_sweep(sweep.name)
+    shutil.rmtree(checkpoint_home() / sweep.name, ignore_errors=True)

@@ -1,7 +1,9 @@
 """A whole lane on a tiny model: real study, real tracking store, real training."""
 
 import math
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -21,14 +23,17 @@ from softprompt.closing import close_abandoned_runs, close_open_runs
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.home import cache_home, state_home, tracking_uri
-from softprompt.lane import Lane, Sweep, TrialRecord, describe_end, open_sweep
+from softprompt.lane import Lane
+from softprompt.ledger import open_ledger
 from softprompt.objective import ACCURACY
-from softprompt.progress import SearchProgress, TrialProgress, watched_by
+from softprompt.progress import Lines, SearchProgress, TrialProgress, watched_by
 from softprompt.prompt import SoftPrompt
 from softprompt.spec import ExperimentSpec
+from softprompt.sweep import Sweep, begin_sweep, close_sweep, driving
 from softprompt.storage import study_store
 from softprompt.tracking import Tracker, _experiment_id
-from softprompt.tuning import Tuning, tune
+from softprompt.trials import TrialRecord, describe_end, trial_records
+from softprompt.tuning import tune
 from softprompt.workbench import Workbench
 from tests.tiny import tiny_experiment, tiny_model
 
@@ -81,7 +86,7 @@ def make(tmp_path_factory) -> Callable[..., Ran]:
         experiment = tiny_experiment(tmp_path_factory.mktemp("lane"), **parts | overrides)
         bench = Workbench(experiment, prepare(experiment, cache_home()))
         state_home().mkdir(parents=True, exist_ok=True)
-        return Ran(experiment, bench, open_sweep(experiment, bench.data, {"prefect.flow_run_id": experiment.name}), [])
+        return Ran(experiment, bench, begin_sweep(bench, {"prefect.flow_run_id": experiment.name}), [])
 
     return opened
 
@@ -115,7 +120,7 @@ def test_study_tracker_and_records_agree(ends):
     states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     for record, trial, child in zip(ends.records, ends.study.trials, ends.children, strict=True):
         assert trial.state == states[record.outcome]
-        assert trial.user_attrs["run_id"] == child.info.run_id == record.run_id
+        assert Tracker(ends.experiment).find_trial_run(ends.sweep.name, record.number) == child.info.run_id
         assert trial.user_attrs["title"] == record.title == f"trial {child.info.run_name}"
         assert (child.data.tags["optuna.study"], child.data.tags["optuna.trial"]) == (
             ends.sweep.name,
@@ -177,12 +182,12 @@ def test_the_model_is_never_touched(ends):
 
 def test_a_weak_trial_is_pruned(run, monkeypatch):
     scores = iter([0.9, 0.8, 0.2])
-    real = Tuning.validate
+    real = Workbench.measure
 
-    def validate(tuning):
-        return real(tuning).model_copy(update={"accuracy": next(scores)})
+    def measure(bench, *of):
+        return real(bench, *of).model_copy(update={"accuracy": next(scores)})
 
-    monkeypatch.setattr(Tuning, "validate", validate)
+    monkeypatch.setattr(Workbench, "measure", measure)
     ran = run(LABELS, NORMAL, space={"pruner": {"kind": "halving", "first_rung": 6, "factor": 2}})
     assert [r.outcome for r in ran.records] == ["finished", "pruned"]
     assert ran.records[1].reason == "20.0% at step 6 is too far behind other trials"
@@ -331,24 +336,41 @@ class Impatient:
         pass
 
 
-def assert_nothing_is_open(ran: Ran) -> None:
-    assert {child.info.status for child in ran.children} <= {"FINISHED", "KILLED", "FAILED"}
-    assert TrialState.RUNNING not in {t.state for t in ran.study.trials}
-
-
-@pytest.mark.parametrize("at", [2, 6])
-def test_an_interrupt_leaves_no_trial_open(make, at: int):
-    ran = make(*FOUR, execution={"device": "cpu", "slots": 3})
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("at", [2, 6, 12])
+def test_a_search_that_was_interrupted_goes_on_and_ends_as_it_would_have(make, run, slots: int, at: int, tmp_path):
+    execution = {"device": "cpu", "slots": slots}
+    whole, ran = run(*FOUR, execution=execution), make(*FOUR, execution=execution)
     with watched_by(Impatient(at)), pytest.raises(KeyboardInterrupt):
         Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
-    assert_nothing_is_open(ran)
-    assert [r.outcome for r in ran.records] == ["interrupted"] * 3
-    assert {r.reason for r in ran.records} == {"KeyboardInterrupt"}
-    assert {c.info.status for c in ran.children} == {"KILLED"}
+    assert TrialState.RUNNING in {t.state for t in ran.study.trials}
+    again = begin_sweep(ran.bench, {})
+    assert (again.name, again.run_id, again.resumed) == (ran.sweep.name, ran.sweep.run_id, True)
+    Lane(ran.bench, again, on_end=ran.records.append).run()
+    assert_equal_ends(whole, ran, tmp_path)
 
 
-def test_an_interrupt_while_a_trial_is_recorded_leaves_none_open(make):
-    ran = make(*FOUR, execution={"device": "cpu", "slots": 3})
+def assert_equal_ends(whole: Ran, ran: Ran, folder: Path) -> None:
+    """Two sweeps left the same: trials, curves, and prompts to the bit."""
+    told = [[(r.number, r.title, r.outcome, r.score, r.steps) for r in trial_records(s.study)] for s in (whole, ran)]
+    assert told[0] == told[1]
+    assert len({r.number for r in ran.records}) == len(ran.records) == len(told[1])
+    assert [t.intermediate_values for t in whole.study.trials] == [t.intermediate_values for t in ran.study.trials]
+    client = MlflowClient(tracking_uri())
+    for number, (ours, theirs) in enumerate(zip(whole.children, ran.children, strict=True)):
+        assert (ours.info.status, ours.data.params) == (theirs.info.status, theirs.data.params)
+        assert ours.data.metrics.keys() == theirs.data.metrics.keys()
+        for key in ours.data.metrics.keys() - {"seconds"}:
+            curves = [client.get_metric_history(run.info.run_id, key) for run in (ours, theirs)]
+            assert [(m.step, m.value) for m in curves[0]] == [(m.step, m.value) for m in curves[1]]
+        prompts = [each.prompt(number, folder / f"{n}-{number}").vectors for n, each in enumerate((whole, ran))]
+        assert torch.equal(*prompts)
+    assert not list((state_home() / "sweeps" / ran.sweep.name).iterdir())
+
+
+def test_an_interrupt_while_a_trial_is_recorded_loses_nothing(make, run, tmp_path):
+    execution = {"device": "cpu", "slots": 3}
+    whole, ran = run(*FOUR, execution=execution), make(*FOUR, execution=execution)
 
     def interrupt(record: TrialRecord) -> None:
         ran.records.append(record)
@@ -356,30 +378,142 @@ def test_an_interrupt_while_a_trial_is_recorded_leaves_none_open(make):
 
     with pytest.raises(KeyboardInterrupt):
         Lane(ran.bench, ran.sweep, on_end=interrupt).run()
-    assert_nothing_is_open(ran)
-    assert [r.outcome for r in ran.records] == ["finished", "interrupted", "interrupted"]
+    assert [r.outcome for r in ran.records] == ["finished"]
+    Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    assert_equal_ends(whole, ran, tmp_path)
 
 
-def test_a_trial_that_cannot_start_is_not_left_open(make, monkeypatch):
-    ran = make(LABELS)
+def test_ctrl_c_stops_at_a_step_and_is_then_what_it_always_was(make, run, tmp_path):
+    whole, ran = run(*FOUR), make(*FOUR)
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("no space left")
+    class Presses(Impatient):
+        def step(self, trial: TrialProgress, search: SearchProgress) -> None:
+            if (trial.number, trial.step) == (1, 4):
+                signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(ran.bench, "start", refuse)
-    with pytest.raises(OSError, match="no space left"):
+    with watched_by(Presses(0)), pytest.raises(KeyboardInterrupt):
+        Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    assert [r.number for r in ran.records] == [0]
+    lines: list[str] = []
+    with watched_by(Lines(lines.append)):
+        Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    assert [line for line in lines if line.endswith(": goes on from step 4")]
+    assert_equal_ends(whole, ran, tmp_path)
+
+
+def test_a_trial_that_cannot_start_fails_with_its_reason_and_the_others_go_on(make, monkeypatch):
+    ran, real = make(LABELS, NORMAL), Workbench.start
+
+    def refuse(bench: Workbench, params: dict[str, Any], **others: Any) -> Any:
+        if params["initialization"] == "labels":
+            raise UserError("params: nothing for labels here")
+        return real(bench, params, **others)
+
+    monkeypatch.setattr(Workbench, "start", refuse)
+    Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    assert [(r.outcome, r.reason) for r in ran.records] == [
+        ("failed", "params: nothing for labels here"),
+        ("finished", ""),
+    ]
+    assert [c.info.status for c in ran.children] == ["FAILED", "FINISHED"]
+
+
+def test_of_trials_side_by_side_the_one_that_breaks_a_step_fails_alone(make, monkeypatch):
+    ran, real = make(LABELS, NORMAL, LABELS | {"length": 8}, execution={"device": "cpu", "slots": 3}), training.step
+
+    def breaks(backbone: Any, slots: Any, passes: Any) -> Any:
+        if any(slot.prompt.shape[0] == 8 for slot in slots):
+            raise torch.OutOfMemoryError("no room for 8 vectors")
+        return real(backbone, slots, passes)
+
+    monkeypatch.setattr("softprompt.lane.step", breaks)
+    Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    by_number = sorted(ran.records, key=lambda r: r.number)
+    assert [(r.outcome, r.reason) for r in by_number] == [
+        ("finished", ""),
+        ("finished", ""),
+        ("failed", "OutOfMemoryError: no room for 8 vectors"),
+    ]
+
+
+def test_a_search_whose_first_trials_all_fail_for_one_cause_stops_and_says_it(make):
+    points = [OVERFLOW | {"length": length} for length in (1, 2, 3, 4, 5)]
+    ran = make(*points)
+    with pytest.raises(search.HopelessSweep, match="the training loss is nan at step 1"), driving(ran.sweep):
+        Lane(ran.bench, ran.sweep, on_end=ran.records.append).run()
+    assert [r.outcome for r in ran.records] == ["failed"] * 3
+    assert not begin_sweep(ran.bench, {}).resumed
+
+
+def test_a_sweep_that_has_ended_is_not_gone_on_with(run):
+    ran = run(LABELS)
+    close_sweep(ran.experiment, ran.sweep)
+    again = begin_sweep(ran.bench, {})
+    assert (again.resumed, again.name == ran.sweep.name) == (False, False)
+
+
+def test_one_that_is_given_up_is_closed_everywhere(make):
+    ran = make(LABELS, NORMAL)
+    with watched_by(Impatient(6)), pytest.raises(KeyboardInterrupt):
         Lane(ran.bench, ran.sweep).run()
-    assert [t.state for t in ran.study.trials] == [TrialState.FAIL]
+    other = begin_sweep(ran.bench, {}, new=True)
+    assert (other.resumed, other.name == ran.sweep.name) == (False, False)
+    client = MlflowClient(tracking_uri())
+    for left in (*ran.children, client.get_run(ran.sweep.run_id)):
+        assert (left.info.status, left.data.tags["softprompt.outcome"]) == ("KILLED", "interrupted")
+        assert left.data.tags["softprompt.reason"] == "given up for a new sweep"
+    assert [t.state for t in ran.study.trials][:1] == [TrialState.FAIL]
+    assert not (state_home() / "sweeps" / ran.sweep.name).exists()
+    assert begin_sweep(ran.bench, {}).name == other.name
 
 
-def test_what_a_killed_process_left_open_is_closed(make):
+def test_other_settings_are_another_sweep_and_another_place_is_not(make):
+    ran = make(LABELS, NORMAL)
+    changed = ran.experiment.model_copy(update={"seed": 7})
+    assert begin_sweep(Workbench(changed, ran.bench.data), {}).name != ran.sweep.name
+    place = ran.experiment.execution.model_copy(update={"slots": 2, "checkpoint_seconds": 5.0})
+    moved = ran.experiment.model_copy(update={"execution": place})
+    assert begin_sweep(Workbench(moved, ran.bench.data), {}).name == ran.sweep.name
+
+
+def test_a_sweep_that_another_living_process_drives_is_refused(make):
     ran = make(LABELS)
-    Lane(ran.bench, ran.sweep)._refill()
+    open_ledger().release(ran.sweep.name, "sweep")
+    with subprocess.Popen([sys.executable, "-c", HOLD, ran.sweep.name], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"^{ran.sweep.name} is at work already, in process {process.pid} on "):
+            begin_sweep(ran.bench, {})
+        process.kill()
+    assert begin_sweep(ran.bench, {}).resumed
+
+
+HOLD = """
+import sys
+from softprompt.ledger import open_ledger
+assert open_ledger().claim(sys.argv[1], "sweep")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_open_is_interrupted_and_goes_on(make):
+    ran = make(LABELS)
+    lane = Lane(ran.bench, ran.sweep)
+    lane._refill()
+    lane._delivery.flush()
+    lane._leave()
     close_open_runs(ran.experiment.name, "failed", "gone")
     for run in (*ran.children, MlflowClient(tracking_uri()).get_run(ran.sweep.run_id)):
-        assert (run.info.status, run.data.tags["softprompt.reason"]) == ("FAILED", "gone")
-        assert run.data.tags["softprompt.outcome"] == "failed"
-    assert [t.state for t in ran.study.trials] == [TrialState.FAIL]
+        assert run.info.status == "KILLED"
+        assert run.data.tags["softprompt.outcome"] == "interrupted"
+        assert run.data.tags["softprompt.reason"] == "gone; `softprompt sweep` goes on with it"
+    again = begin_sweep(ran.bench, {})
+    Lane(ran.bench, again).run()
+    assert [(c.info.status, c.data.tags["softprompt.outcome"]) for c in ran.children] == [("FINISHED", "finished")]
+    parent = MlflowClient(tracking_uri()).get_run(ran.sweep.run_id)
+    assert (parent.info.status, "softprompt.outcome" in parent.data.tags) == ("RUNNING", False)
 
 
 def owned_by(ran: Ran, pid: int) -> None:
@@ -392,18 +526,15 @@ def test_what_a_process_that_is_gone_left_open_is_closed_and_a_living_ones_is_no
     client = MlflowClient(tracking_uri())
     with subprocess.Popen(["true"]) as process:
         process.wait()
-    for ran in (gone, living, elsewhere):
-        Lane(ran.bench, ran.sweep)._refill()
     owned_by(gone, process.pid)
     owned_by(elsewhere, process.pid)
     client.set_tag(elsewhere.sweep.run_id, "softprompt.host", "another.example")
     close_abandoned_runs()
-    for run in (*gone.children, client.get_run(gone.sweep.run_id)):
-        assert (run.info.status, run.data.tags["softprompt.reason"]) == ("FAILED", "its process is gone")
-    assert [t.state for t in gone.study.trials] == [TrialState.FAIL]
+    parent = client.get_run(gone.sweep.run_id)
+    assert parent.info.status == "KILLED"
+    assert parent.data.tags["softprompt.reason"] == "its process is gone; `softprompt sweep` goes on with it"
     for ran in (living, elsewhere):
-        assert {c.info.status for c in ran.children} == {"RUNNING"}
-        assert [t.state for t in ran.study.trials] == [TrialState.RUNNING]
+        assert client.get_run(ran.sweep.run_id).info.status == "RUNNING"
         close_open_runs(ran.experiment.name, "failed", "gone")
 
 
@@ -417,13 +548,13 @@ def test_what_was_ended_keeps_its_end_and_what_mlflow_alone_finished_is_open(run
     ran, client = run(LABELS), MlflowClient(tracking_uri())
     client.set_terminated(ran.sweep.run_id, "FINISHED")  # as registering a version does
     close_open_runs(ran.experiment.name, "failed", "gone")
-    assert client.get_run(ran.sweep.run_id).info.status == "FAILED"
+    assert client.get_run(ran.sweep.run_id).info.status == "KILLED"
     assert [c.info.status for c in ran.children] == ["FINISHED"]
 
 
 def test_two_sweeps_in_one_second_are_two_studies(make):
     ran = make(LABELS)
-    names = {open_sweep(ran.experiment, ran.bench.data, {}).name for _ in range(3)}
+    names = {begin_sweep(ran.bench, {}, new=True).name for _ in range(3)}
     assert len(names) == 3
 
 
@@ -432,7 +563,7 @@ def test_an_experiment_that_was_deleted_in_mlflow_is_refused_before_there_is_a_s
     MlflowClient(tracking_uri()).delete_experiment(Tracker(ran.experiment).experiment_id)
     before = optuna.get_all_study_names(study_store())
     with pytest.raises(UserError, match=rf"^name: the MLflow experiment '{ran.experiment.name}' is deleted in sqlite"):
-        open_sweep(ran.experiment, ran.bench.data, {})
+        begin_sweep(ran.bench, {}, new=True)
     assert optuna.get_all_study_names(study_store()) == before
 
 

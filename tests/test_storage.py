@@ -65,7 +65,9 @@ def test_every_call_of_optuna_outlasts_an_outage():
     mine = vars(StudyStore)
     assert set(BaseStorage.__abstractmethods__) <= set(mine)
     called = set(re.findall(r"self\._backend\.(\w+)\(", getsource(_CachedStorage)))
-    heartbeat = {name for name in called if "heartbeat" in name or "stale" in name}  # of `optimize`, which we do not use
+    heartbeat = {
+        name for name in called if "heartbeat" in name or "stale" in name
+    }  # of `optimize`, which we do not use
     assert len(called - heartbeat) > 15
     assert called - heartbeat <= set(mine)
 

@@ -198,8 +198,12 @@ class Lane:
                 watcher().stage(f"{tuning.title}: goes on from step {tuning.slot.steps_done}")
         self._report(running)
         self._trials = search.counted(self._study)
-        if tuning.judged is not None:
+        if tuning.failure:
+            self._end(running, "failed", tuning.failure)
+        elif tuning.judged is not None:
             self._judge(running)
+        elif tuning.at_rung:
+            self._score(running)
 
     def _fetch(self, number: int, checkpoints: Checkpoints) -> None:
         """Get what a lane of another machine has stored, where there may be one."""

@@ -85,11 +85,11 @@ class StudyStore(RDBStorage):
 
     def _begin(self, trial_id: int) -> bool:
         """Take a waiting trial. Optuna reads and then writes, so on SQLite two processes could take the same one."""
-        now = datetime.now(UTC).replace(tzinfo=None)
-        begun = update(TrialModel).where(TrialModel.trial_id == trial_id, TrialModel.state == TrialState.WAITING)
+        trials = TrialModel.__table__
+        waiting = update(trials).where(trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING)
+        begun = {"state": TrialState.RUNNING, "datetime_start": datetime.now(UTC).replace(tzinfo=None)}
         with self.engine.begin() as connection:
-            done = connection.execute(begun.values(state=TrialState.RUNNING, datetime_start=now))
-        return done.rowcount == 1
+            return connection.execute(waiting.values(begun)).rowcount == 1
 
     def _says(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
         trial = self.get_trial(trial_id)

@@ -1,13 +1,15 @@
 """The studies of Optuna in a database that may go away, and the tables of all stores, made before anyone needs them.
 
 Optuna gives up at the first error of a database. Here every call waits for one that restarts, is locked or cannot be
-reached, and is made again. Made twice, a call does what it does once, but for one: a trial that was created at the very
-moment when the connection broke may be there without anybody who trains it. Its lease is free, so another lane takes it.
+reached, and is made again. Made twice, a call does what it does once, but for one: a trial that was created at the
+very moment when the connection broke may be there without anybody who trains it. Its lease is free for any lane.
 
-Prefect's database is not among the stores: its server makes it, and two that start together in a new clone may collide.
+Prefect's database is not among the stores: its server makes it, and two that start together in a new clone may still
+collide.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -41,6 +43,9 @@ from softprompt.home import (
     tracking_uri,
     without_secrets,
 )
+
+# Its one warning tells of every query that an outage breaks, with the whole of SQL; the watcher tells of outages.
+logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 _FIRST_SECONDS = 30.0
 """How long the study storage may take to answer for the first time: a wrong address looks like an outage."""

@@ -38,7 +38,7 @@ def ask(url: str) -> None:
         ("postgres://host/name", "is neither SQLite nor PostgreSQL"),
         ("sqlite://", "is in memory, where no other process finds it"),
         ("sqlite:///:memory:", "is in memory, where no other process finds it"),
-        ("postgresql+nodriver://host/name", r"the driver postgresql\+nodriver is not installed; run `pip install"),
+        ("postgresql+nodriver://host/name", r"no driver postgresql\+nodriver is installed; run `pip install"),
     ],
 )
 def test_an_address_that_processes_cannot_share_is_refused(address: str, complaint: str):

@@ -55,7 +55,7 @@ def database_url(address: str) -> URL:
         url.get_dialect().import_dbapi()
     except (ArgumentError, ImportError):
         raise UserError(
-            f"SOFTPROMPT_STORAGE: the driver {url.drivername} is not installed; run `pip install 'softprompt[postgres]'`"
+            f"SOFTPROMPT_STORAGE: no driver {url.drivername} is installed; run `pip install 'softprompt[postgres]'`"
         ) from None
     return url
 

@@ -1,8 +1,8 @@
 """Which sweeps are open, and which process trains which of their trials.
 
 A process that dies leaves its leases behind, and another takes them over: of all that try, one. Who lives is told
-without a wall clock: on the same machine by the process itself, elsewhere by a counter that its holder moves. Nothing here
-knows what a trial is, and nothing here stops a holder that has lost its lease: it asks `holds` before it writes.
+without a wall clock: on the same machine by the process itself, elsewhere by a counter that its holder moves. Nothing
+here knows what a trial is, and nothing stops a holder that has lost its lease: it asks `holds` before it writes.
 """
 
 import os
@@ -156,7 +156,7 @@ class Ledger:
 
     def _claim(self, sweep: str, subject: str) -> bool:
         mine = {"holder": self.holder, "host": self._host, "pid": self._pid, "born": self._born, "beat": 0}
-        with self._engine.begin() as connection:
+        with self._engine.connect() as connection:
             row = connection.execute(select(_leases).where(_is(sweep, subject))).one_or_none()
         if row is not None and row.holder == self.holder:
             return True
@@ -193,7 +193,7 @@ class Ledger:
         self._write(delete(_leases).where(_is(sweep, subject), _leases.c.holder == self.holder))
 
     def release_all(self) -> None:
-        """Give every lease back, at the end of a process: where the database is away, they are left to be found dead."""
+        """Give every lease back at the end of a process; where the database is away, they are found dead later."""
         try:
             self._write(delete(_leases).where(_leases.c.holder == self.holder), _RELEASE_SECONDS)
         except DBAPIError as error:

@@ -1,13 +1,15 @@
 """The studies of Optuna in a database that may go away, and the tables of all stores, made before anyone needs them.
 
 Optuna gives up at the first error of a database. Here every call waits for one that restarts, is locked or cannot be
-reached, and is made again. Made twice, a call does what it does once, but for one: a trial that was created at the very
-moment when the connection broke may be there without anybody who trains it. Its lease is free, so another lane takes it.
+reached, and is made again. Made twice, a call does what it does once, but for one: a trial that was created at the
+very moment when the connection broke may be there without anybody who trains it. Its lease is free for any lane.
 
-Prefect's database is not among the stores: its server makes it, and two that start together in a new clone may collide.
+Prefect's database is not among the stores: its server makes it, and two that start together in a new clone may still
+collide.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -41,6 +43,9 @@ from softprompt.home import (
     tracking_uri,
     without_secrets,
 )
+
+# Its one warning tells of every query that an outage breaks, with the whole of SQL; the watcher tells of outages.
+logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 _FIRST_SECONDS = 30.0
 """How long the study storage may take to answer for the first time: a wrong address looks like an outage."""
@@ -85,12 +90,11 @@ class StudyStore(RDBStorage):
 
     def _begin(self, trial_id: int) -> bool:
         """Take a waiting trial. Optuna reads and then writes, so on SQLite two processes could take the same one."""
-        now = datetime.now(UTC).replace(tzinfo=None)
-        table: Any = TrialModel.__table__  # the class has properties of some of the columns' names
-        waiting = update(table).where(table.c.trial_id == trial_id, table.c.state == TrialState.WAITING)
+        trials = TrialModel.__table__
+        waiting = update(trials).where(trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING)
+        begun = {"state": TrialState.RUNNING, "datetime_start": datetime.now(UTC).replace(tzinfo=None)}
         with self.engine.begin() as connection:
-            done = connection.execute(waiting.values(state=TrialState.RUNNING, datetime_start=now))
-        return done.rowcount == 1
+            return connection.execute(waiting.values(begun)).rowcount == 1
 
     def _says(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
         trial = self.get_trial(trial_id)

@@ -9,7 +9,7 @@ from sqlalchemy import make_url
 
 
 class Cutter:
-    """Passes bytes on to a server; once armed, breaks the connection over whose next commit it has seen."""
+    """Passes bytes on to a server; once armed, breaks the connection that commits next."""
 
     def __init__(self, url: str) -> None:
         self._target = make_url(url)
@@ -18,19 +18,36 @@ class Cutter:
         self.url = self._target.set(port=port).render_as_string(hide_password=False)
         self.armed = False
         self.cuts = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._open: list[tuple[socket.socket, threading.Thread]] = []
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def close(self) -> None:
-        self._listener.close()
+        """Break every connection, and take none any more."""
+        with self._listener:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._accepting.join()
+        for client, thread in self._open:
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
                 server = socket.create_connection((self._target.host, self._target.port))
-                cut = threading.Event()
-                threading.Thread(target=self._to_server, args=(client, server, cut), daemon=True).start()
-                threading.Thread(target=self._to_client, args=(server, client, cut), daemon=True).start()
+                thread = threading.Thread(target=self._serve, args=(client, server), daemon=True)
+                thread.start()
+                self._open.append((client, thread))
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        cut = threading.Event()
+        with client, server:
+            up = threading.Thread(target=self._to_server, args=(client, server, cut), daemon=True)
+            up.start()
+            self._to_client(server, client, cut)
+            up.join()
 
     def _to_server(self, client: socket.socket, server: socket.socket, cut: threading.Event) -> None:
         with suppress(OSError):
@@ -39,7 +56,8 @@ class Cutter:
                     self.armed = False
                     cut.set()
                 server.sendall(data)
-            server.close()
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
 
     def _to_client(self, server: socket.socket, client: socket.socket, cut: threading.Event) -> None:
         with suppress(OSError):
@@ -48,8 +66,8 @@ class Cutter:
                     self.cuts += 1
                     break
                 client.sendall(data)
+        with suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
-            server.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

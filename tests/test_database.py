@@ -38,7 +38,7 @@ def ask(url: str) -> None:
         ("postgres://host/name", "is neither SQLite nor PostgreSQL"),
         ("sqlite://", "is in memory, where no other process finds it"),
         ("sqlite:///:memory:", "is in memory, where no other process finds it"),
-        ("postgresql+nodriver://host/name", r"the driver postgresql\+nodriver is not installed; run `pip install"),
+        ("postgresql+nodriver://host/name", r"no driver postgresql\+nodriver is installed; run `pip install"),
     ],
 )
 def test_an_address_that_processes_cannot_share_is_refused(address: str, complaint: str):
@@ -76,17 +76,17 @@ def test_a_locked_file_is_waited_for(tmp_path: Path):
 
 
 def test_a_fault_that_does_not_pass_is_raised_at_once(tmp_path: Path):
-    calls = []
+    calls, engine = [], create_engine(f"sqlite:///{tmp_path / 'shared.db'}")
 
     def wrong() -> None:
         calls.append(1)
-        engine = create_engine(f"sqlite:///{tmp_path / 'shared.db'}")
         with engine.connect() as connection:
-            connection.execute(text("SELECT * FROM nothing"))
+            connection.execute(text("SELECT * FROM absent"))
 
     with pytest.raises(OperationalError, match="no such table"):
         persist(wrong)
     assert len(calls) == 1
+    engine.dispose()
 
 
 def test_a_server_that_is_away_is_waited_for_and_told_of_once(monkeypatch: pytest.MonkeyPatch):

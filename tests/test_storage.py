@@ -38,11 +38,10 @@ def together(work: Callable[..., None], *arguments: object) -> list[object]:
     lanes = [context.Process(target=work, args=(*arguments, gate, answers)) for _ in range(LANES)]
     for lane in lanes:
         lane.start()
-    found = [answers.get(timeout=150) for _ in lanes]
     for lane in lanes:
-        lane.join()
+        lane.join(150)
         assert lane.exitcode == 0
-    return found
+    return [answers.get() for _ in lanes]
 
 
 def load(url: str) -> optuna.Study:
@@ -65,9 +64,8 @@ def test_every_call_of_optuna_outlasts_an_outage():
     mine = vars(StudyStore)
     assert set(BaseStorage.__abstractmethods__) <= set(mine)
     called = set(re.findall(r"self\._backend\.(\w+)\(", getsource(_CachedStorage)))
-    heartbeat = {
-        name for name in called if "heartbeat" in name or "stale" in name
-    }  # of `optimize`, which we do not use
+    # What `optimize` calls, which we do not use.
+    heartbeat = {name for name in called if "heartbeat" in name or "stale" in name}
     assert len(called - heartbeat) > 15
     assert called - heartbeat <= set(mine)
 
@@ -88,16 +86,16 @@ def test_an_address_where_nobody_answers_is_told_at_the_start(free_port: int, mo
 def take_waiting(url: str, gate: Barrier, answers: "Queue[list[int]]") -> None:
     study = load(url)
     gate.wait()
-    answers.put([study.ask().number for _ in range(20)])
+    answers.put([study.ask().number for _ in range(5)])
 
 
 def test_a_waiting_trial_is_taken_by_one_process(tmp_path: Path):
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     study = optuna.create_study(study_name="movies", storage=study_store(url))
-    for place in range(20 * LANES):
+    for place in range(5 * LANES):
         study.enqueue_trial({"x": place})
     taken = [number for numbers in together(take_waiting, url) for number in numbers]  # type: ignore[attr-defined]
-    assert sorted(taken) == list(range(20 * LANES))
+    assert sorted(taken) == list(range(5 * LANES))
 
 
 def train(url: str, gate: Barrier, answers: "Queue[list[str]]") -> None:
@@ -146,9 +144,8 @@ def test_a_study_goes_on_where_its_database_restarts():
                     while not over.is_set():
                         one_trial(study, ledger)
                         done.append(1)
-            except BaseException as error:
+            except Exception as error:
                 failed.append(error)
-                raise
 
         def trains(more: int) -> bool:
             goal = len(done) + more
@@ -160,14 +157,16 @@ def test_a_study_goes_on_where_its_database_restarts():
 
         training = threading.Thread(target=lane)
         training.start()
-        for mode in ("fast", "immediate", "immediate"):
+        try:
+            for mode in ("fast", "immediate", "immediate"):
+                assert trains(2), failed
+                server.stop(mode)
+                time.sleep(0.5)
+                server.start()
             assert trains(2), failed
-            server.stop(mode)
-            time.sleep(0.5)
-            server.start()
-        assert trains(2), failed
-        over.set()
-        training.join()
+        finally:
+            over.set()
+            training.join()
         assert not failed
         told = [trial for trial in load(server.url).trials if trial.state == TrialState.COMPLETE]
         assert len(told) == len(done)
@@ -179,7 +178,7 @@ def test_a_change_whose_answer_is_lost_is_made_once():
     with postgres() as server, cutting(server.url) as way:
         store = study_store(way.url)
 
-        def cut(change: Callable[[], object], skip: int = 0) -> None:
+        def cut(change: Callable[[], object]) -> None:
             before = way.cuts
             way.armed = True
             change()
@@ -194,15 +193,14 @@ def test_a_change_whose_answer_is_lost_is_made_once():
         cut(lambda: trial.suggest_float("x", 0, 1))
         cut(lambda: trial.report(0.5, 3))
         cut(lambda: trial.set_user_attr("run_id", "run"))
-        store.get_trial(trial._trial_id)
         cut(lambda: store.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.5]))
         with pytest.raises(UpdateFinishedTrialError):
             store.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.5])
         (told,) = load(server.url).trials
         assert (told.state, told.value, told.intermediate_values) == (TrialState.COMPLETE, 0.5, {3: 0.5})
         assert (told.user_attrs, list(told.params)) == ({"run_id": "run"}, ["x"])
-        # What another has told in the meantime is not ours.
-        cut(lambda: study.ask())
+        # The one that may be made twice: what was lost runs, and nobody trains it.
+        cut(study.ask)
         states = [t.state for t in load(server.url).trials]
         assert states.count(TrialState.COMPLETE) == 1
         assert set(states[1:]) == {TrialState.RUNNING}

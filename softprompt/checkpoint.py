@@ -114,12 +114,12 @@ class Checkpoints:
         Returns the file. Where the disk refuses, it is told once, the earlier ones stay, and None is returned: the
         trial can go on.
         """
-        if self._sequence is None:
-            self.load()
-        sequence = 1 + (self._sequence or 0)
-        content = save(state.tensors, self._header(sequence, state.meta))
-        target = self.folder / f"{step:08d}-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
         try:
+            if self._sequence is None:
+                self.load()
+            sequence = 1 + (self._sequence or 0)
+            content = save(state.tensors, self._header(sequence, state.meta))
+            target = self.folder / f"{step:08d}-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_drafts()
             _write(target, content)
@@ -139,6 +139,8 @@ class Checkpoints:
         Args:
             accept: called with it, as `Tuning.restore`; where it raises ValueError, the state is refused as a torn
                 one is.
+
+        Raises OSError where the folder is there and cannot be listed.
         """
         found = sorted(self._read_all(), key=lambda one: one[0], reverse=True)
         self._newest, self._sequence = None, found[0][0] if found else 0

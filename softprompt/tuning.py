@@ -200,6 +200,8 @@ class Tuning:
             )
         objective = self._bench.experiment.labels.objective
         kind = next(kind for kind in (LabelMetrics, TextMetrics) if kind.objective == objective)
+        if tensors["numbers"].shape != (len(meta.metrics),):
+            raise ValueError(f"the best must have {len(meta.metrics)} numbers, found {list(tensors['numbers'].shape)}")
         numbers = dict(zip(meta.metrics, tensors["numbers"].tolist(), strict=True))
         return Best(vectors, kind.model_validate(numbers | {"correct": tensors["correct"].tolist()}), meta.step)
 

@@ -1,7 +1,6 @@
 """A whole lane on a tiny model: real study, real tracking store, real training."""
 
 import math
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -17,7 +16,6 @@ from optuna.trial import TrialState
 
 from softprompt import search, training
 from softprompt.backbone import hash_tensors
-from softprompt.closing import close_abandoned_runs, close_open_runs
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.home import cache_home, state_home, study_storage, tracking_uri
@@ -369,55 +367,6 @@ def test_a_trial_that_cannot_start_is_not_left_open(make, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         Lane(ran.bench, ran.sweep).run()
     assert [t.state for t in ran.study.trials] == [TrialState.FAIL]
-
-
-def test_what_a_killed_process_left_open_is_closed(make):
-    ran = make(LABELS)
-    Lane(ran.bench, ran.sweep)._refill()
-    close_open_runs(ran.experiment.name, "failed", "gone")
-    for run in (*ran.children, MlflowClient(tracking_uri()).get_run(ran.sweep.run_id)):
-        assert (run.info.status, run.data.tags["softprompt.reason"]) == ("FAILED", "gone")
-        assert run.data.tags["softprompt.outcome"] == "failed"
-    assert [t.state for t in ran.study.trials] == [TrialState.FAIL]
-
-
-def owned_by(ran: Ran, pid: int) -> None:
-    """Let the sweep have been begun by another process."""
-    MlflowClient(tracking_uri()).set_tag(ran.sweep.run_id, "softprompt.pid", str(pid))
-
-
-def test_what_a_process_that_is_gone_left_open_is_closed_and_a_living_ones_is_not(make):
-    gone, living, elsewhere = make(LABELS), make(LABELS), make(LABELS)
-    client = MlflowClient(tracking_uri())
-    with subprocess.Popen(["true"]) as process:
-        process.wait()
-    for ran in (gone, living, elsewhere):
-        Lane(ran.bench, ran.sweep)._refill()
-    owned_by(gone, process.pid)
-    owned_by(elsewhere, process.pid)
-    client.set_tag(elsewhere.sweep.run_id, "softprompt.host", "another.example")
-    close_abandoned_runs()
-    for run in (*gone.children, client.get_run(gone.sweep.run_id)):
-        assert (run.info.status, run.data.tags["softprompt.reason"]) == ("FAILED", "its process is gone")
-    assert [t.state for t in gone.study.trials] == [TrialState.FAIL]
-    for ran in (living, elsewhere):
-        assert {c.info.status for c in ran.children} == {"RUNNING"}
-        assert [t.state for t in ran.study.trials] == [TrialState.RUNNING]
-        close_open_runs(ran.experiment.name, "failed", "gone")
-
-
-def test_closing_what_is_not_there_makes_no_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path))
-    close_open_runs("a flow run", "failed", "a mistake")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_was_ended_keeps_its_end_and_what_mlflow_alone_finished_is_open(run):
-    ran, client = run(LABELS), MlflowClient(tracking_uri())
-    client.set_terminated(ran.sweep.run_id, "FINISHED")  # as registering a version does
-    close_open_runs(ran.experiment.name, "failed", "gone")
-    assert client.get_run(ran.sweep.run_id).info.status == "FAILED"
-    assert [c.info.status for c in ran.children] == ["FINISHED"]
 
 
 def test_two_sweeps_in_one_second_are_two_studies(make):

@@ -1,9 +1,9 @@
 """The reports of trials, brought to MLflow by a thread of their own: training never waits for a server.
 
-A report says everything about its trial that is in a saved checkpoint. To deliver it is to make the trial's run in MLflow
-say the same, so a delivery that was cut off anywhere is simply made again, by this process or by the next one: a run is
-looked for before it is created, and a value carries the time at which it came about, by which MLflow knows it again.
-Nothing is spooled here: what is not delivered when the process ends is still with the trial's checkpoints.
+A report says everything about its trial that is in a saved checkpoint. To deliver it is to make the trial's run in
+MLflow say the same, so a delivery that was cut off anywhere is simply made again, by this process or by the next one: a
+run is looked for before it is created, and a value carries the time at which it came about, by which MLflow knows it
+again. Nothing is spooled here: what is not delivered when the process ends is still with the trial's checkpoints.
 """
 
 import contextvars
@@ -27,7 +27,17 @@ from softprompt.errors import UserError
 from softprompt.history import VAL, Entry
 from softprompt.home import tracking_server, without_secrets
 from softprompt.progress import watcher
-from softprompt.tracking import BEST_VAL, OUTCOME, PROMPT, SECONDS, SweepRecord, Tracker, end_run, reopen_run
+from softprompt.tracking import (
+    BEST_VAL,
+    OUTCOME,
+    PROMPT,
+    SECONDS,
+    STATUS,
+    SweepRecord,
+    Tracker,
+    end_run,
+    reopen_run,
+)
 
 _BATCH = 1000
 """Metrics of one request: the most that MLflow takes."""
@@ -35,8 +45,14 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two tries while MLflow is away."""
 _DOUBTS = 5
 """Tries of what MLflow calls a bad request: it says so as well where its database lost the connection."""
-_REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-"""MLflow by itself would try for minutes, and say nothing. One retry at once is for a connection gone stale."""
+_MLFLOW = {
+    # By itself it would try for minutes, and say nothing. One retry at once is for a connection gone stale.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # At the end of every run, with user and password if the address has them.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""How MLflow behaves in this process, where the user has not said otherwise."""
 
 T = TypeVar("T")
 
@@ -103,7 +119,7 @@ class Delivery:
         data: PreparedData,
         on_delivered: Callable[[TrialReport], None] = lambda report: None,
     ) -> None:
-        for name, value in _REQUESTS.items():
+        for name, value in _MLFLOW.items():
             os.environ.setdefault(name, value)
         self._tracker, self._sweep, self._data, self._on_delivered = tracker, sweep, data, on_delivered
         self._records: dict[int, _Record] = {}
@@ -204,7 +220,7 @@ class Delivery:
 
     def _note_failure(self, report: TrialReport, error: Exception) -> None:
         if not self._failing:
-            why = _short(error)
+            why = _short(_cause(error))
             watcher().stage(f"{_place()} is away; training goes on, and the records follow when it is back ({why})")
         self._failing.add(report.number)
         with self._changed:  # the others first: maybe it is this one alone
@@ -330,10 +346,12 @@ class Delivery:
         record.checkpoint = file.name
 
     def _finish(self, record: _Record, report: TrialReport, ending: Ending) -> bool:
-        """Deliver a trial's end; False where its prompt is not taken, which must then stay where it is."""
-        tracker, run_id = self._tracker, record.run_id
-        if report.prompt is not None and not self._attempt(report, "prompt", self._store_prompt, run_id, report.prompt):
-            return False
+        """Deliver a trial's end; False where its prompt is not taken.
+
+        Such a run ends without the tag of its outcome, so that the next process tries again; the prompt has to stay.
+        """
+        tracker, client, run_id = self._tracker, self._tracker.client, record.run_id
+        stored = report.prompt is None or self._attempt(report, "prompt", self._store_prompt, run_id, report.prompt)
         # Once and for all, for MLflow knows a value by its time.
         record.end_ms = record.end_ms or (report.history[report.length - 1].time_ms if report.length else _now())
         summary = [Entry(SECONDS, ending.seconds, ending.steps, record.end_ms)]
@@ -344,9 +362,10 @@ class Delivery:
         if tracking_server() is not None:
             self._attempt(report, "removal of checkpoints", tracker.drop_checkpoints, run_id)
         self._call(tracker.drop_twins, self._sweep.name, report.number, keep=run_id)
-        return self._attempt(
-            report, "end", end_run, tracker.client, run_id, ending.outcome, ending.reason, record.end_ms
-        )
+        if not stored:
+            self._attempt(report, "end", client.set_terminated, run_id, STATUS[ending.outcome], record.end_ms)
+            return False
+        return self._attempt(report, "end", end_run, client, run_id, ending.outcome, ending.reason, record.end_ms)
 
     def _store_prompt(self, run_id: str, folder: Path) -> None:
         if not folder.is_dir():
@@ -398,10 +417,16 @@ def _is_bad_request(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code == "BAD_REQUEST"
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """An error in a few words, without credentials."""
     text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an error comes from at last: what MLflow says of a broken connection fills lines."""
+    inner = error.__cause__ or error.__context__
+    return error if inner is None else _cause(inner)
 
 
 def _place() -> str:

@@ -61,7 +61,7 @@ BEST_VAL, TEST = "best_val_", "test_"
 """What stands before the name of a metric, as in `best_val_accuracy`."""
 SECONDS = "seconds"
 
-_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
+STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class SweepRecord(Protocol):
@@ -243,15 +243,20 @@ class Tracker:
     def drop_checkpoints(self, run_id: str, *, keep: str = "") -> None:
         """Delete the checkpoints of a trial's run, but for one."""
         run = self.client.get_run(run_id)
-        artifacts = get_artifact_repository(run.info.artifact_uri, tracking_uri=tracking_uri())
-        for file in artifacts.list_artifacts(CHECKPOINT):
+        artifacts: Any = get_artifact_repository(run.info.artifact_uri, tracking_uri=tracking_uri())
+        there = artifacts.list_artifacts(CHECKPOINT)
+        if there and not keep:
+            artifacts.delete_artifacts(CHECKPOINT)
+            return
+        for file in there:
             if PurePosixPath(file.path).name != keep:
                 artifacts.delete_artifacts(file.path)
 
     def fetch_checkpoints(self, study: str, number: int, folder: Path) -> list[Path]:
         """Copy the checkpoints that are stored with a trial's run to a folder, whole or not at all; returns the files.
 
-        What is not named as a checkpoint stays where it is. Whether a file is what its name says is seen by who loads it.
+        What is not named as a checkpoint stays where it is. Whether a file is what its name says is for the loader to
+        verify.
         """
         run_id = self.find_trial_run(study, number)
         if run_id is None:
@@ -272,7 +277,7 @@ def end_run(client: MlflowClient, run_id: str, outcome: Outcome, reason: str, en
         client.set_tag(run_id, REASON, reason)
     else:
         _remove_tag(client, run_id, REASON)  # of an interruption
-    client.set_terminated(run_id, _STATUS[outcome], end_ms)
+    client.set_terminated(run_id, STATUS[outcome], end_ms)
     client.set_tag(run_id, OUTCOME, outcome)  # last: a run without it counts as open
 
 

@@ -1,7 +1,7 @@
 """A cable to a server that can be cut: at once, in the middle of an answer, or so that it hangs.
 
-Hundreds of outages cost little that way. That an answer is cut off after the server has done what it was asked for is the
-case that nobody can tell from a request that never arrived.
+Hundreds of outages cost little that way. An answer that is cut off after the server has done what it was asked for is
+the case that nobody can tell from a request that never arrived.
 """
 
 import socket

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Run
+from mlflow.entities import DatasetInput, Metric, Run
 
 from softprompt.checkpoint import Ending
 from softprompt.history import Entry
@@ -113,10 +113,15 @@ def says(run: Run, folder: Path) -> dict[str, Any]:
         "run": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
         "params": run.data.params,
         "tags": {k: v for k, v in run.data.tags.items() if k not in ("mlflow.parentRunId", "optuna.study")},
-        "inputs": [(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs],
+        "inputs": [(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs(run)],
         "metrics": {key: values(run, key) for key in run.data.metrics},
         "artifacts": {str(p.relative_to(artifacts)): p.read_bytes() for p in artifacts.rglob("*") if p.is_file()},
     }
+
+
+def inputs(run: Run) -> list[DatasetInput]:
+    assert run.inputs is not None
+    return run.inputs.dataset_inputs
 
 
 def values(run: Run, key: str) -> list[tuple[int, int, str]]:
@@ -218,7 +223,7 @@ def test_what_an_outage_kept_back_is_delivered_after_it(scene, cable, tmp_path, 
 def deliver_over_cuts(scene: Scene, cable: Cable, rng: random.Random, cuts: int) -> None:
     """Deliver a trial in six reports, the answers being cut off at random places."""
     delivery, begun = scene.start(), cable.cuts
-    for steps in (0, 3, 6, 8, 12, 12):
+    for steps in (1, 3, 6, 8, 12, 12):
         delivery.put(scene.report(steps, ending=FINISHED if steps == 12 else None))
         for _ in range(cuts):
             cable.cut_after(rng.choice([0, 1, rng.randrange(1500), rng.randrange(6000)]))
@@ -235,19 +240,42 @@ def test_fifty_cuts_at_random_places_lose_and_double_nothing(scene, cable, tmp_p
     report = scene.report(12, ending=FINISHED)
     said = says(scene.run(), tmp_path / "cut")
     assert said["metrics"] == expect(report)
+    assert said == undisturbed(scene, tmp_path / "whole")
+
+
+def undisturbed(scene: Scene, folder: Path) -> dict[str, Any]:
+    """What the run of a trial says that was delivered without any fault."""
     twin = Scene(scene.experiment, scene.folder)
     delivery = twin.start()
-    for steps in (0, 12):
-        delivery.put(twin.report(steps, ending=FINISHED if steps else None))
+    for steps in (1, 12):
+        delivery.put(twin.report(steps, ending=FINISHED if steps == 12 else None))
         delivery.flush()
     twin.end()
-    assert said == says(twin.run(), tmp_path / "whole")
+    return says(twin.run(), folder)
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_several_trials_share_an_outage(scene, cable, told, number):
+def test_a_cut_at_any_place_of_a_delivery_loses_and_doubles_nothing(scene, cable, tmp_path):
+    """From the first answer to the last, so that every kind of request is among those whose answer is lost."""
+    expected, delivery = undisturbed(scene, tmp_path / "whole"), scene.start()
+    del expected["tags"]["optuna.trial"]
+    for number in count():
+        cable.cut_after(800 * number)
+        delivery.put(replace(scene.report(12, ending=FINISHED), number=number))
+        until(lambda: not cable.whole or not delivery.pending)
+        done = cable.whole
+        cable.mend()
+        delivery.flush()
+        if done:
+            break
+    runs = {int(run.data.tags.pop("optuna.trial")): run for run in scene.runs()}
+    assert len(runs) == len(scene.runs()) == number + 1 > 10
+    for number, run in runs.items():
+        assert says(run, tmp_path / str(number)) == expected
+
+
+def test_several_trials_share_an_outage(scene, cable, told):
     delivery = scene.start()
-    delivery.put(scene.report(3, number=number))
+    delivery.put(scene.report(3, number=2))
     delivery.flush()
     cable.cut()
     for other in range(4):
@@ -400,26 +428,34 @@ def test_a_trial_whose_prompt_is_not_taken_is_not_announced_as_delivered(scene, 
     delivery = scene.start()
     delivery.put(replace(scene.report(12, ending=FINISHED), prompt=scene.folder / "gone"))
     delivery.flush()
-    assert scene.run().info.status == "RUNNING"
+    assert (scene.run().info.status, scene.run().data.tags.get("softprompt.outcome")) == ("FINISHED", None)
     assert scene.delivered == []
     assert told == [f"the prompt of trial 0 is not recorded in MLflow: {scene.folder / 'gone'} is not there"]
+    delivery.close()
+    another = scene.start()  # of the next process
+    another.put(scene.report(12, ending=FINISHED))
+    another.flush()
+    assert scene.run().data.tags["softprompt.outcome"] == "finished"
+    assert len(scene.delivered) == 1
+
+
+def test_a_listener_that_fails_is_told_of_and_fails_alone(scene, told):
+    delivery = Delivery(scene.tracker, scene.sweep, scene.data, lambda report: [].pop())
+    delivery.put(scene.report(12, ending=FINISHED))
+    assert delivery.flush() == delivery.close() == []
+    assert scene.run().info.status == "FINISHED"
+    assert told == ["after trial 0 was recorded: IndexError: pop from empty list"]
 
 
 HANGING = """
-import sys, time
-from pathlib import Path
-from softprompt.checkpoint import Entry
+import time
+from types import SimpleNamespace
+from softprompt.history import Entry
 from softprompt.delivery import Delivery, TrialReport
-from softprompt.sweep import Sweep
-from softprompt.spec import load_experiment
 from softprompt.tracking import Tracker
 
-class Experiment:
-    class labels:
-        objective = None
-    name = "hanging"
-
-delivery = Delivery(Tracker(Experiment), Sweep(name="a", run_id="b"), None)
+experiment = SimpleNamespace(name="hanging", labels=SimpleNamespace(objective=None))
+delivery = Delivery(Tracker(experiment), SimpleNamespace(name="a", run_id="b"), None)
 delivery.put(TrialReport(0, "a", {}, [Entry("train_loss", 0.5, 1, 1)], 1))
 time.sleep(1)
 print(delivery.pending, delivery.flush(wait=False), delivery.close(patience=1))
@@ -511,7 +547,7 @@ def test_the_parent_run_is_found_again_and_its_records_are_not_doubled(scene):
     again = scene.tracker.start_sweep(scene.sweep.name, scene.experiment, scene.data, {})
     assert again == scene.sweep.run_id
     run = MlflowClient(tracking_uri()).get_run(again)
-    assert len(run.inputs.dataset_inputs) == 3
+    assert len(inputs(run)) == 3
 
 
 def test_a_run_of_many_metrics_is_compared_by_key_and_step(scene):

@@ -12,6 +12,7 @@ from tasks import (
     evaluate_prompts,
     open_study,
     prepare_data,
+    prune_prompts,
     register_prompt,
     show_trials,
     tune_prompts,
@@ -51,4 +52,5 @@ def sweep(experiment: ExperimentSpec) -> SweepResult:
     baselines = evaluate_baselines(experiment, data)
     evaluation = evaluate_prompts(experiment, data, study, baselines)
     decision = register_prompt(experiment, study, evaluation)
+    prune_prompts(experiment, study)
     return SweepResult(sweep=study, trials=trials, evaluation=evaluation, decision=decision)

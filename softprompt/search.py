@@ -6,7 +6,7 @@ in an order that lets another process take over after any of the writes. Nothing
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -94,14 +94,24 @@ def _pruner(search: SearchSpec) -> BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def ask(study: optuna.Study, search: SearchSpec, budget: BudgetSpec) -> tuple[optuna.Trial, Params] | None:
+def ask(
+    study: optuna.Study, search: SearchSpec, budget: BudgetSpec, claim: Callable[[int], bool] = lambda number: True
+) -> tuple[optuna.Trial, Params] | None:
     """The next trial to train and its settings.
 
     None where the trials of the budget have been asked for, or where the space is exhausted. With several lanes a
     trial that counts now may turn out to be a duplicate, so that there is one to ask for again.
+
+    Args:
+        study: as loaded.
+        search: the space.
+        budget: how many trials there are to be.
+        claim: takes a trial by its number for this lane, unless another has it. On SQLite two lanes that ask in one
+            instant get the same starting point from Optuna.
     """
     while not (is_spent(study, budget) or is_exhausted(study)):
-        asked = _settle(study, study.ask(), search, budget)
+        trial = study.ask()
+        asked = _settle(study, trial, search, budget) if claim(trial.number) else None
         if asked is not None:
             return asked
     return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from softprompt import registry
+from softprompt import registry, retention
 from softprompt.lane import Sweep
 from softprompt.progress import watcher
 from softprompt.registry import Decision
@@ -40,3 +40,12 @@ def register_prompt(experiment: ExperimentSpec, sweep: Sweep, evaluation: Evalua
     tracker.log_decision(sweep.run_id, decision.version, promoted=decision.promoted, reason=decision.reason)
     tracker.end(sweep.run_id, "finished")
     return decision
+
+
+@task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
+def prune_prompts(experiment: ExperimentSpec, sweep: Sweep) -> list[str]:
+    """Delete the prompts of trials that `execution.keep_prompts` does not keep; returns their runs."""
+    removed = retention.prune_prompts(experiment, sweep, experiment.execution.keep_prompts)
+    if removed:
+        watcher().stage(f"deleted the prompts of {len(removed)} trials, by execution.keep_prompts")
+    return removed

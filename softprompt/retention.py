@@ -36,7 +36,7 @@ def prune_prompts(experiment: ExperimentSpec, sweep: Sweep, keep: int | None) ->
         return []
     client, objective = MlflowClient(tracking_uri()), experiment.labels.objective
     score = f"{BEST_VAL}{objective.key}"
-    ended = [run for run in _trials(client, sweep) if OUTCOME in run.data.tags and score in run.data.metrics]
+    ended = [run for run in trials_of(client, sweep) if OUTCOME in run.data.tags and score in run.data.metrics]
     ended.sort(key=lambda run: (-objective.gain(run.data.metrics[score]), int(run.data.tags[TRIAL])))
     origins = _origins(client)
     beyond = [run for run in ended[keep:] if not {REMOVED, WINNER} & run.data.tags.keys()]
@@ -47,7 +47,8 @@ def prune_prompts(experiment: ExperimentSpec, sweep: Sweep, keep: int | None) ->
     return [run.info.run_id for run in beyond]
 
 
-def _trials(client: MlflowClient, sweep: Sweep) -> list[Run]:
+def trials_of(client: MlflowClient, sweep: Sweep) -> list[Run]:
+    """The runs of a sweep's trials, the latest first."""
     where = [client.get_run(sweep.run_id).info.experiment_id]
     asked = f"tags.`{PARENT_RUN}` = '{sweep.run_id}'"
     return _all(lambda token: client.search_runs(where, asked, max_results=_PAGE, page_token=token))

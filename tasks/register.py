@@ -42,10 +42,13 @@ def register_prompt(experiment: ExperimentSpec, sweep: Sweep, evaluation: Evalua
     return decision
 
 
-@task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
-def prune_prompts(experiment: ExperimentSpec, sweep: Sweep) -> list[str]:
-    """Delete the prompts of trials that `execution.keep_prompts` does not keep; returns their runs."""
-    removed = retention.prune_prompts(experiment, sweep, experiment.execution.keep_prompts)
+@task(log_prints=True)
+def prune_prompts(experiment: ExperimentSpec, sweep: Sweep) -> None:
+    """Delete the prompts that `execution.keep_prompts` does not keep; a store that refuses ends no sweep."""
+    try:
+        removed = retention.prune_prompts(experiment, sweep, experiment.execution.keep_prompts)
+    except Exception as error:
+        watcher().stage(f"old prompts are kept: they could not be deleted ({type(error).__name__}: {error})")
+        return
     if removed:
         watcher().stage(f"deleted the prompts of {len(removed)} trials, by execution.keep_prompts")
-    return removed

@@ -406,6 +406,13 @@ def test_trials_asked_for_beside_the_last_of_the_budget_are_surplus(open_study):
     assert search.ask(study, experiment.search, budget) is None
 
 
+def test_a_trial_that_another_lane_has_claimed_is_left_to_it(open_study):
+    study, experiment = open_study()
+    trial, _ = search.ask(study, experiment.search, ENDLESS, lambda number: number > 1)
+    assert trial.number == 2
+    assert search.unfinished(study) == [0, 1, 2]
+
+
 def test_a_duplicate_in_the_last_place_leaves_it_to_another(open_study):
     study, experiment = open_study()
     budget = BudgetSpec(trials=2)

@@ -26,6 +26,7 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
+from uuid import uuid4
 
 import optuna
 import sqlalchemy
@@ -93,7 +94,7 @@ def clocked(what: str, act: Callable[[], Any], results: list[Any]) -> tuple[str,
 
 def score_of(params: search.Params, step: int) -> float:
     """A score that depends on the settings and grows with the steps."""
-    return random.Random(repr(params)).random() * step**0.1
+    return random.Random(repr(params)).random() * float(step**0.1)
 
 
 class Studies:
@@ -119,15 +120,17 @@ class Studies:
         if storage.engine.dialect.name == "sqlite":  # what is compared is not the disk
             sqlalchemy.event.listen(storage.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = OFF"))
             storage.engine.dispose()
+        self._engine = storage.engine
         if sampler is None:
             search.create_study("long", storage, self._experiment)
             return search.load_study("long", storage, self._experiment)
         return optuna.load_study(study_name="long", storage=storage, sampler=sampler, pruner=pruner)
 
     def fill(self, size: int) -> None:
-        """Add trials that have ended, half of them pruned, as either side would have left them."""
-        for _ in range(len(self.plain.get_trials(deepcopy=False)), size):
+        """Bring the study to so many trials that have ended, half of them pruned, as either side leaves them."""
+        for _ in range(len(self.plain.get_trials(deepcopy=False)), min(size, SIZES[0])):
             self.plain.add_trial(self._ended())
+        multiply_trials(self._engine, size)
 
     def _ended(self) -> FrozenTrial:
         drawn = _Drawn(self._draws)
@@ -221,13 +224,11 @@ class Runs:
         self._numbers = count()
         self._made = 0
 
-    def fill(self, size: int, until: float) -> bool:
-        """Make runs as the client does; False where the time is over before there are so many."""
-        while self._made < size:
-            if time.monotonic() > until:
-                return False
+    def fill(self, size: int) -> None:
+        """Bring the sweep to so many runs, as the client makes them."""
+        while self._made < min(size, SIZES[0]):
             self._make_by_client()
-        return True
+        self._made = multiply_runs(sqlalchemy.create_engine(os.environ["MLFLOW_TRACKING_URI"]), self._sweep, size)
 
     def _make_by_client(self) -> None:
         tags = {PARENT_RUN: self._sweep.run_id, STUDY: "long", TRIAL: str(next(self._numbers))}
@@ -273,6 +274,48 @@ class Runs:
             yield clocked("list the runs", self._list, [])
 
         return compare(Side("ours", ours), Side("library", library), TURNS)
+
+
+def multiply_trials(engine: sqlalchemy.Engine, size: int) -> None:
+    """Copy the trials of the only study, with all that belongs to them, until there are so many."""
+    tables = sqlalchemy.MetaData()
+    tables.reflect(engine)
+    trials = tables.tables["trials"]
+    belonging = [t for t in tables.tables.values() if t is not trials and "trial_id" in t.c]
+    with engine.begin() as connection:
+        first = connection.scalar(sqlalchemy.select(sqlalchemy.func.min(trials.c.trial_id)))
+        have = connection.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(trials))
+        while have < size:
+            taken = min(have, size - have)
+            moved = {"trial_id": have, "number": have}
+            for table in (trials, *belonging):
+                own = [c for c in table.c if table is trials or not c.primary_key]
+                values = [c + moved[c.name] if c.name in moved else c for c in own]
+                copied = sqlalchemy.select(*values).where(table.c.trial_id < first + taken)
+                connection.execute(table.insert().from_select([c.name for c in own], copied))
+            have += taken
+        if engine.dialect.name == "postgresql":
+            last = f"(SELECT max(trial_id) FROM {trials.name})"
+            connection.exec_driver_sql(f"SELECT setval(pg_get_serial_sequence('trials', 'trial_id'), {last})")
+
+
+def multiply_runs(engine: sqlalchemy.Engine, sweep: Sweep, size: int) -> int:
+    """Copy the runs of the sweep's trials, with all that belongs to them, until there are so many; returns how many."""
+    tables = sqlalchemy.MetaData()
+    tables.reflect(engine)
+    belonging = [tables.tables[name] for name in ("runs", "tags", "params", "metrics", "latest_metrics")]
+    with engine.begin() as connection:
+        tags = tables.tables["tags"]
+        runs = connection.scalars(sqlalchemy.select(tags.c.run_uuid).where(tags.c.value == sweep.run_id)).all()
+        copies = [(runs[n % len(runs)], uuid4().hex) for n in range(size - len(runs))]
+        for table in belonging:
+            rows: dict[str, list[Any]] = {}
+            for row in connection.execute(sqlalchemy.select(table)).mappings():
+                rows.setdefault(row["run_uuid"], []).append(dict(row))
+            made = [row | {"run_uuid": new} for old, new in copies for row in rows.get(old, [])]
+            if made:
+                connection.execute(table.insert(), made)
+    return len(runs) + len(copies)
 
 
 @contextmanager
@@ -346,8 +389,9 @@ def _measure_study(studies: Studies, sizes: Sequence[int], store: str, until: fl
 def _measure_runs(runs: Runs, sizes: Sequence[int], until: float) -> dict[str, Figures]:
     record: dict[str, Figures] = {}
     for size in sizes:
-        if not runs.fill(size, until):
+        if time.monotonic() > until:
             break
+        runs.fill(size)
         record[str(size)] = runs.compare()
         show("MLflow on SQLite", size, record[str(size)])
     return record

@@ -42,9 +42,14 @@ def prune_prompts(experiment: ExperimentSpec, sweep: Sweep, keep: int | None) ->
     beyond = [run for run in ended[keep:] if not {REMOVED, WINNER} & run.data.tags.keys()]
     beyond = [run for run in beyond if not any(run.info.run_id in origin for origin in origins)]
     for run in beyond:
-        get_artifact_repository(run.info.artifact_uri, tracking_uri=tracking_uri()).delete_artifacts(PROMPT)
+        _delete_prompt(run.info.artifact_uri)
         client.set_tag(run.info.run_id, REMOVED, f"execution.keep_prompts: {keep}")
     return [run.info.run_id for run in beyond]
+
+
+def _delete_prompt(place: str) -> None:
+    repository: Any = get_artifact_repository(place, tracking_uri=tracking_uri())
+    repository.delete_artifacts(PROMPT)
 
 
 def trials_of(client: MlflowClient, sweep: Sweep) -> list[Run]:

@@ -209,7 +209,7 @@ def _twin(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial | None:
     trials: list[FrozenTrial] = study.get_trials(deepcopy=False)
     own = trials[trial.number]
     if DUPLICATE_OF in own.user_attrs:
-        return trials[own.user_attrs[DUPLICATE_OF]]
+        return trials[int(own.user_attrs[DUPLICATE_OF])]
     if own.intermediate_values:
         return None  # it has been in training, and nothing that others did since then takes that back
     earlier = (t for t in trials[: trial.number] if t.params == own.params and _counts(t))

@@ -1,6 +1,7 @@
 """Halving beside Optuna's own, on traces of many trials."""
 
 import math
+from typing import Literal
 
 import optuna
 import pytest
@@ -18,13 +19,15 @@ TRACES = st.lists(st.tuples(st.integers(0, 5), SCORES, st.sampled_from(["go on",
 """Which of six slots comes to its next rung, with which score, and what becomes of its trial unless it is pruned."""
 
 
-def study_with(pruner: optuna.pruners.BasePruner, direction: str) -> optuna.Study:
+def study_with(pruner: optuna.pruners.BasePruner, direction: Literal["maximize", "minimize"]) -> optuna.Study:
     return optuna.create_study(direction=direction, pruner=pruner, storage=InMemoryStorage())
 
 
 @settings(max_examples=200, deadline=None)
 @given(TRACES, st.sampled_from(["maximize", "minimize"]), st.integers(1, 3), st.integers(2, 4))
-def test_its_decisions_are_those_of_optuna(trace: list, direction: str, first_rung: int, factor: int):
+def test_its_decisions_are_those_of_optuna(
+    trace: list, direction: Literal["maximize", "minimize"], first_rung: int, factor: int
+):
     studies = [
         study_with(Halving(first_rung, factor), direction),
         study_with(SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=factor), direction),

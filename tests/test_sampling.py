@@ -6,6 +6,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def experiment() -> ExperimentSpec:
 
 def score_of(params: search.Params, step: int) -> float:
     """A pure function of settings and step, with ties."""
-    return round(random.Random(repr(sorted(params.items()))).random() * step**0.1, 1)
+    return round(random.Random(repr(sorted(params.items()))).random() * float(step**0.1), 1)
 
 
 def train(study: optuna.Study, experiment: ExperimentSpec, trial: optuna.Trial, params: search.Params) -> None:
@@ -140,7 +141,7 @@ def test_a_search_that_is_killed_at_any_instant_has_the_trials_of_one_that_is_no
     draw, kills = random.Random(0), 0
     while True:
         instant = draw.randint(1, 200)
-        child = forked(lambda at=instant: live(urls[0], experiment, kill_after(at)))
+        child = forked(partial(live, urls[0], experiment, kill_after(instant)))
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if ended == 0:
             break
@@ -160,20 +161,23 @@ def stop_after(trial: optuna.Trial, settings: int) -> None:
 
 @pytest.mark.parametrize("ended", [0, 4, 9])
 def test_a_trial_left_between_two_settings_gets_the_rest_as_if_it_had_not_been(experiment, ended: int):
-    def given(settings: int) -> search.Params:
+    def given(settings: int) -> search.Params | None:
         storage = InMemoryStorage()
         search.create_study("left", storage, experiment)
         study = search.load_study("left", storage, experiment)
         for _ in range(ended):
-            train(study, experiment, *search.ask(study, experiment.search, experiment.budget))
+            asked = search.ask(study, experiment.search, experiment.budget)
+            assert asked is not None
+            train(study, experiment, *asked)
         trial = study.ask()
         stop_after(trial, settings)
         with suppress(StopIteration):
             search.suggest(trial, experiment.search)
         fresh = search.load_study("left", storage, experiment)
-        return search.reopen(fresh, trial.number, experiment.search, experiment.budget)
+        opened = search.reopen(fresh, trial.number, experiment.search, experiment.budget)
+        return opened and opened[1]
 
-    params = [reopened and reopened[1] for reopened in map(given, range(7))]
+    params = [given(settings) for settings in range(7)]
     assert params == params[:1] * 7
 
 

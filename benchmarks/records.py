@@ -283,8 +283,8 @@ def multiply_trials(engine: sqlalchemy.Engine, size: int) -> None:
     trials = tables.tables["trials"]
     belonging = [t for t in tables.tables.values() if t is not trials and "trial_id" in t.c]
     with engine.begin() as connection:
-        first = connection.scalar(sqlalchemy.select(sqlalchemy.func.min(trials.c.trial_id)))
-        have = connection.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(trials))
+        first = connection.execute(sqlalchemy.select(sqlalchemy.func.min(trials.c.trial_id))).scalar_one()
+        have = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(trials)).scalar_one()
         while have < size:
             taken = min(have, size - have)
             moved = {"trial_id": have, "number": have}

@@ -228,8 +228,8 @@ def _tell_duplicate(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial)
 
 def report(trial: optuna.Trial, score: float, step: int) -> None:
     """Tell the study a trial's score after a step; what it was told before stays."""
-    told = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    if step not in told:
+    # Optuna ignores a second score as well, but warns of it; the list of all trials would tell, and grows with them.
+    if step not in trial._cached_frozen_trial.intermediate_values:
         trial.report(score, step)
 
 

@@ -29,7 +29,7 @@ def describe(results: Path) -> str:
     read = [
         json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for file in sorted(results.glob("*.json"))
     ]
-    full = sorted((record for record in read if not record["quick"]), key=lambda record: record["date"])
+    full = sorted((record for record in read if not record.get("quick", True)), key=lambda record: record["date"])
     latest: dict[str, Record] = {record["device_type"]: record for record in full}
     machines = [_describe_machine(record) for record in latest.values()]
     head = ["| | softprompt | PEFT + Trainer | ratio | goal |", "|---|---|---|---|---|"]

@@ -9,10 +9,12 @@ from softprompt.spec import ExperimentSpec
 from softprompt.sweep import Sweep, driving
 from softprompt.trials import TrialRecord
 from tasks import (
+    close_study,
     evaluate_baselines,
     evaluate_prompts,
     open_study,
     prepare_data,
+    prune_prompts,
     register_prompt,
     show_trials,
     tune_prompts,
@@ -56,4 +58,6 @@ def sweep(experiment: ExperimentSpec, new: bool = False) -> SweepResult:
         baselines = evaluate_baselines(experiment, data)
         evaluation = evaluate_prompts(experiment, data, study, baselines)
         decision = register_prompt(experiment, study, evaluation)
+        prune_prompts(experiment, study)
+        close_study(experiment, study)
     return SweepResult(sweep=study, trials=trials, evaluation=evaluation, decision=decision)

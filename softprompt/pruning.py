@@ -44,17 +44,18 @@ class Halving(BasePruner):
         score = trial.intermediate_values[step]
         if math.isnan(score):
             return True
-        others = (t for t in study.get_trials(deepcopy=False) if t.number != trial.number and self._competes(t))
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-        ranked = sorted([sign * score, *(sign * t.intermediate_values[step] for t in others if _reached(t, step))])
-        return sign * score > ranked[max(0, len(ranked) // self._factor - 1)]
+        others = [t.intermediate_values[step] for t in study.get_trials(deepcopy=False) if self._meets(t, trial, step)]
+        better = sum(sign * other < sign * score for other in others)
+        return better >= max(1, (len(others) + 1) // self._factor)
+
+    def _meets(self, other: FrozenTrial, trial: FrozenTrial, step: int) -> bool:
+        """Whether another trial has a score at this rung, and competes by it."""
+        reached = not math.isnan(other.intermediate_values.get(step, math.nan))
+        return reached and other.number != trial.number and self._competes(other)
 
     def _is_rung(self, step: int) -> bool:
         rung = self._first_rung
         while rung < step:
             rung *= self._factor
         return rung == step
-
-
-def _reached(trial: FrozenTrial, step: int) -> bool:
-    return not math.isnan(trial.intermediate_values.get(step, math.nan))

@@ -6,7 +6,7 @@ in an order that lets another process take over after any of the writes. Nothing
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -98,14 +98,24 @@ def _pruner(search: SearchSpec) -> BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def ask(study: optuna.Study, search: SearchSpec, budget: BudgetSpec) -> tuple[optuna.Trial, Params] | None:
+def ask(
+    study: optuna.Study, search: SearchSpec, budget: BudgetSpec, claim: Callable[[int], bool] = lambda number: True
+) -> tuple[optuna.Trial, Params] | None:
     """The next trial to train and its settings.
 
     None where the trials of the budget have been asked for, or where the space is exhausted. With several lanes a
     trial that counts now may turn out to be a duplicate, so that there is one to ask for again.
+
+    Args:
+        study: as loaded.
+        search: the space.
+        budget: how many trials there are to be.
+        claim: takes a trial by its number for this lane, unless another has it. On SQLite two lanes that ask in one
+            instant get the same starting point from Optuna.
     """
     while not (is_spent(study, budget) or is_exhausted(study)):
-        asked = _settle(study, study.ask(), search, budget)
+        trial = study.ask()
+        asked = _settle(study, trial, search, budget) if claim(trial.number) else None
         if asked is not None:
             return asked
     return None
@@ -203,7 +213,7 @@ def _twin(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial | None:
     trials: list[FrozenTrial] = study.get_trials(deepcopy=False)
     own = trials[trial.number]
     if DUPLICATE_OF in own.user_attrs:
-        return trials[own.user_attrs[DUPLICATE_OF]]
+        return trials[int(own.user_attrs[DUPLICATE_OF])]
     if own.intermediate_values:
         return None  # it has been in training, and nothing that others did since then takes that back
     earlier = (t for t in trials[: trial.number] if t.params == own.params and is_counted(t))
@@ -222,8 +232,8 @@ def _tell_duplicate(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial)
 
 def report(trial: optuna.Trial, score: float, step: int) -> None:
     """Tell the study a trial's score after a step; what it was told before stays."""
-    told = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    if step not in told:
+    # Optuna ignores a second score as well, but warns of it; the list of all trials would tell, and grows with them.
+    if step not in trial._cached_frozen_trial.intermediate_values:
         trial.report(score, step)
 
 

@@ -2,7 +2,7 @@
 
 from tasks.evaluate import evaluate_baselines, evaluate_prompts, evaluate_registered, require_registered
 from tasks.prepare import prepare_data
-from tasks.register import register_prompt
+from tasks.register import prune_prompts, register_prompt
 from tasks.tune import close_study, open_study, show_trials, tune_prompts
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "evaluate_registered",
     "open_study",
     "prepare_data",
+    "prune_prompts",
     "register_prompt",
     "require_registered",
     "show_trials",

@@ -6,11 +6,11 @@ from pathlib import Path
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from softprompt import registry
+from softprompt import registry, retention
 from softprompt.progress import watcher
 from softprompt.registry import Decision
 from softprompt.spec import ExperimentSpec
-from softprompt.sweep import Sweep, close_sweep
+from softprompt.sweep import Sweep
 from softprompt.tracking import Tracker
 from tasks.evaluate import Evaluation
 from tasks.policy import may_retry
@@ -38,5 +38,16 @@ def register_prompt(experiment: ExperimentSpec, sweep: Sweep, evaluation: Evalua
         description="Whether the winner takes the alias `champion`",
     )
     tracker.log_decision(sweep.run_id, decision.version, promoted=decision.promoted, reason=decision.reason)
-    close_sweep(experiment, sweep)
     return decision
+
+
+@task(log_prints=True)
+def prune_prompts(experiment: ExperimentSpec, sweep: Sweep) -> None:
+    """Delete the prompts that `execution.keep_prompts` does not keep; a store that refuses ends no sweep."""
+    try:
+        removed = retention.prune_prompts(experiment, sweep, experiment.execution.keep_prompts)
+    except Exception as error:
+        watcher().stage(f"old prompts are kept: they could not be deleted ({type(error).__name__}: {error})")
+        return
+    if removed:
+        watcher().stage(f"deleted the prompts of {len(removed)} trials, by execution.keep_prompts")

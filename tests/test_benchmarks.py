@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 import torch
 
-from benchmarks import large, peer, quality, sweep, table
+from benchmarks import large, peer, quality, records, sweep, table
 from benchmarks.engine import ROOT, measure, measure_large
 from benchmarks.figure import draw
 from benchmarks.sizes import QUICK
@@ -16,6 +16,7 @@ from benchmarks.start import Start
 from benchmarks.subject import Subject
 from benchmarks.timing import Stopwatch
 from softprompt.inference import Classifier
+from softprompt.spec import load_experiment
 from softprompt.training import step
 from tests.tiny import tiny_experiment
 
@@ -150,3 +151,19 @@ def test_the_docs_are_of_the_results():
     figures = re.findall(r"!\[.*]\((.*)\)", written)
     assert figures
     assert all((ROOT / "docs" / figure).is_file() for figure in figures)
+
+
+def test_the_records_of_both_sides_are_measured_on_one_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "TURNS", 1)
+    experiment = load_experiment(ROOT / "experiments" / "movie-sentiment.yaml", list(records.SPACE))
+    studies = records.Studies(f"sqlite:///{tmp_path}/study.db", experiment)
+    studies.fill(8)
+    figures = studies.compare()
+    assert set(figures) == {"ask", "4 reports and tell", "list", "best trial"}
+    assert all(sides.keys() == {"ours", "library", "ratio"} for sides in figures.values())
+    assert len(studies.plain.trials) == 10
+
+
+def test_what_is_no_measurement_of_the_engine_is_no_part_of_its_table(tmp_path):
+    (tmp_path / "records.json").write_text(json.dumps({"date": "2026-01-01", "Optuna on SQLite": {}}))
+    assert "unproven" in table.describe(tmp_path)

@@ -57,6 +57,12 @@ def ask(study: optuna.Study, experiment: ExperimentSpec) -> tuple[optuna.Trial, 
     return asked
 
 
+def reopen(study: optuna.Study, experiment: ExperimentSpec, number: int) -> tuple[optuna.Trial, search.Params]:
+    opened = search.reopen(study, number, experiment.search, ENDLESS)
+    assert opened is not None
+    return opened
+
+
 def test_the_space_is_translated_with_its_bounds_and_scales(open_study):
     study, experiment = open_study("search.initialization.0.bound={low: 0.1, high: 0.9}")
     for _ in range(12):
@@ -354,7 +360,7 @@ def test_a_score_is_reported_once_and_in_silence(open_study):
     trial, _ = ask(study, experiment)
     search.report(trial, 0.5, 30)
     search.report(trial, 0.6, 30)
-    again, _ = search.reopen(study, trial.number, experiment.search, ENDLESS)
+    again, _ = reopen(study, experiment, trial.number)
     search.report(again, 0.7, 30)
     assert study.trials[0].intermediate_values == {30: 0.5}
 
@@ -366,7 +372,7 @@ def test_a_rung_once_passed_is_passed_again_whatever_others_reported_since(open_
         search.report(trial, score, 30)
         assert not search.falls_behind(trial, 30)
     assert first.should_prune()  # by what is known now
-    again, _ = search.reopen(study, first.number, experiment.search, ENDLESS)
+    again, _ = reopen(study, experiment, first.number)
     assert not search.falls_behind(again, 30)
     search.report(again, 0.5, 60)
     assert not search.falls_behind(again, 60)
@@ -382,7 +388,7 @@ def test_a_trial_that_has_been_in_training_is_no_duplicate_of_one_that_got_the_s
         study._storage.set_trial_param(
             first._trial_id, name, distribution.to_internal_repr(trained.params[name]), distribution
         )
-    assert search.reopen(study, trained.number, experiment.search, ENDLESS)[1] == params
+    assert reopen(study, experiment, trained.number)[1] == params
 
 
 def test_what_has_ended_is_not_opened_again(open_study):
@@ -406,6 +412,14 @@ def test_trials_asked_for_beside_the_last_of_the_budget_are_surplus(open_study):
     assert search.ask(study, experiment.search, budget) is None
 
 
+def test_a_trial_that_another_lane_has_claimed_is_left_to_it(open_study):
+    study, experiment = open_study()
+    asked = search.ask(study, experiment.search, ENDLESS, lambda number: number > 1)
+    assert asked is not None
+    assert asked[0].number == 2
+    assert search.unfinished(study) == [0, 1, 2]
+
+
 def test_a_duplicate_in_the_last_place_leaves_it_to_another(open_study):
     study, experiment = open_study()
     budget = BudgetSpec(trials=2)
@@ -415,8 +429,9 @@ def test_a_duplicate_in_the_last_place_leaves_it_to_another(open_study):
     assert search.reopen(study, beside, experiment.search, budget) is None
     assert search.reopen(study, last, experiment.search, budget) is None
     assert search.DUPLICATE_OF in study.trials[last].user_attrs
-    trial, _ = search.ask(study, experiment.search, budget)
-    assert [t.number for t in search.counted(study)] == [0, trial.number]
+    asked = search.ask(study, experiment.search, budget)
+    assert asked is not None
+    assert [t.number for t in search.counted(study)] == [0, asked[0].number]
 
 
 def failed(study: optuna.Study, experiment: ExperimentSpec, reason: str) -> None:

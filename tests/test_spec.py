@@ -267,6 +267,7 @@ EXECUTION = {
     "execution.micro_batch_tokens": 512,
     "execution.gradient_checkpointing": True,
     "execution.compile": True,
+    "execution.keep_prompts": 2,
 }
 
 

@@ -97,6 +97,9 @@ class ExecutionSpec(Spec):
     """Whether to compute the inside of the model's layers again on the way back: less memory, a third more work."""
     compile: bool = False
     """Whether passes of the model are compiled by `torch.compile`, which takes minutes and needs a C++ compiler."""
+    keep_prompts: Annotated[int, Field(ge=0)] | None = None
+    """How many of a sweep's trials keep their prompt when it has ended, the best first; null keeps all. That of the
+    winner, and any that a registered version came from, are kept in any case."""
 
 
 class ExperimentSpec(Spec):

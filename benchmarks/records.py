@@ -41,9 +41,9 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 from benchmarks.engine import RESULTS, ROOT
 from softprompt import search
 from softprompt.data import PreparedData
-from softprompt.lane import Sweep
 from softprompt.retention import trials_of
 from softprompt.spec import BudgetSpec, ExperimentSpec, HalvingPruner, load_experiment
+from softprompt.sweep import Sweep
 from softprompt.tracking import PARENT_RUN, STUDY, TRIAL, Tracker
 
 NOTE = "measured in turns on a machine that others share: the ratios are what counts, not the milliseconds"
@@ -219,7 +219,7 @@ class Runs:
             test_bound=None,
         )
         run_id = self._tracker.start_sweep("long", experiment, self._data, {})
-        self._sweep = Sweep(name="long", run_id=run_id, tags={})
+        self._sweep = Sweep(name="long", run_id=run_id)
         self._params = {"length": 20, "initialization": "labels", "learning_rate": 0.01, "method": "prompt_tuning"}
         self._numbers = count()
         self._made = 0
@@ -246,10 +246,9 @@ class Runs:
             study="long",
             number=number,
             name="trial",
-            params=self._params,
-            data=self._data,
-            tags={},
         )
+        self._tracker.log_params(run_id, self._params)
+        self._tracker.log_inputs(run_id, self._data, ("train", "validation"))
         self._tracker.log_metrics(run_id, {"val_accuracy": 0.5})
         self._tracker.end(run_id, "finished")
         self._made += 1

@@ -31,6 +31,8 @@ from softprompt.progress import Lines, watched_by
 from softprompt.sizing import choose_slots
 from softprompt.spec import ExperimentSpec, validate_experiment
 from softprompt.storage import create_stores
+from softprompt.sweep import begin_sweep
+from softprompt.trials import TrialRecord
 from softprompt.workbench import Split, Workbench
 
 
@@ -115,9 +117,8 @@ def measure(subject: Subject, sizes: Sizes) -> dict[str, Any]:
     courses["peft"] = search_of_peer.course
 
     def take_turn(record: TrialRecord) -> None:
-        if record.outcome != "interrupted":
-            with bench.course.watch.paused():
-                search_of_peer.run_trial()
+        with bench.course.watch.paused():
+            search_of_peer.run_trial()
             print("  " + "   ".join(f"{side} {course}" for side, course in courses.items()), flush=True)
 
     create_stores()

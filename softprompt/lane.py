@@ -1,9 +1,9 @@
 """A lane: one device, one frozen model, trials of a shared study until the budget ends.
 
-A lane asks the study for trials, trains K of them side by side, scores each at its rungs, prunes, records, and refills the
-slots. Lanes meet only in the study's storage and in the tracking server. What a lane has to do survives it: a trial
-belongs to the lane that holds its lease, its state is in its checkpoints before anyone is told of it, and whoever claims
-it after a death goes on from there.
+A lane asks the study for trials, trains K of them side by side, scores each at its rungs, prunes, records, and refills
+the slots. Lanes meet only in the study's storage and in the tracking server. What a lane has to do survives it: a trial
+belongs to the lane that holds its lease, its state is in its checkpoints before anyone is told of it, and whoever
+claims it after a death goes on from there.
 """
 
 import time
@@ -108,7 +108,7 @@ class Lane:
                 self._leave()
 
     def _go_on(self, stop: Stop) -> bool:
-        """One turn: fill the slots and make a step, or wait for others; False when all is done or a stop is asked for."""
+        """Fill the slots and make a step, or wait for others; False when all is done, or a stop is asked for."""
         self._collect()
         if stop.requested:
             return False

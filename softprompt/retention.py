@@ -12,8 +12,8 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.entities.paged_list import PagedList
 
 from softprompt.home import tracking_uri
-from softprompt.lane import Sweep
 from softprompt.spec import ExperimentSpec
+from softprompt.sweep import Sweep
 from softprompt.tracking import BEST_VAL, OUTCOME, PARENT_RUN, PROMPT, TRIAL, WINNER
 
 REMOVED = "softprompt.prompt_removed"

@@ -1,7 +1,7 @@
 """A request to stop, held back until the work is at a place where it can be gone on with.
 
-Ctrl-C and SIGTERM, which is also how Prefect cancels a run, set a flag; what they would have done is done when the block
-is left. Work that does not look at the flag in time is interrupted wherever it is.
+Ctrl-C and SIGTERM, which is also how Prefect cancels a run, set a flag; what they would have done is done when the
+block is left. Work that does not look at the flag in time is interrupted wherever it is.
 """
 
 import signal

@@ -1,7 +1,7 @@
 """A sweep as a whole: begun, found again after an interruption, driven by one process at a time, and ended.
 
-The ledger knows which sweeps are open. A row there is the first that is written of a sweep, and everything after it may be
-written again: killed at any instant, the next start finds the row and goes on.
+The ledger knows which sweeps are open. A row there is the first that is written of a sweep, and everything after it
+may be written again: killed at any instant, the next start finds the row and goes on.
 """
 
 import shutil

@@ -28,7 +28,7 @@ from tasks.prepare import describe_data
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
 def open_study(experiment: ExperimentSpec, data: str, new: bool = False) -> Sweep:
-    """Go on with the sweep of this experiment that was interrupted, or begin one: a study and a parent run in MLflow."""
+    """Go on with the interrupted sweep of this experiment, or begin one: a study, and a parent run in MLflow."""
     require_tracking()
     watcher().stage(describe_data(data))
     watcher().stage("loading the model")

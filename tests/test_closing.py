@@ -16,32 +16,37 @@ from optuna.trial import TrialState
 from softprompt import search
 from softprompt.closing import abandon, close_abandoned_runs, close_open_runs, is_dead
 from softprompt.data import PreparedData
-from softprompt.home import study_storage, tracking_uri
-from softprompt.lane import Sweep, open_sweep
+from softprompt.home import tracking_uri
+from softprompt.ledger import SweepRow, open_ledger
 from softprompt.spec import ExperimentSpec
-from softprompt.store import create_stores
+from softprompt.storage import create_stores, study_store
+from softprompt.sweep import Sweep
 from softprompt.tracking import Tracker, reopen_run
 from tests.tiny import tiny_experiment
 
-GOING_ON = {"softprompt.resumable": "true"}
 _flows = (f"flow-{n}" for n in count())
 
 
 class Left:
     """A sweep with two trials in training, whose process is gone."""
 
-    def __init__(self, experiment: ExperimentSpec, data: PreparedData, tags: dict[str, str]) -> None:
+    def __init__(self, experiment: ExperimentSpec, data: PreparedData, *, goes_on: bool = True) -> None:
         self.flow = next(_flows)
         self.experiment, self.tracker = experiment, Tracker(experiment)
         self.client = MlflowClient(tracking_uri())
-        self.sweep: Sweep = open_sweep(experiment, data, {"prefect.flow_run_id": self.flow} | tags)
+        search.create_study(self.flow, study_store(), experiment)
+        run_id = self.tracker.start_sweep(self.flow, experiment, data, {"prefect.flow_run_id": self.flow})
+        self.sweep = Sweep(name=self.flow, run_id=run_id)
+        open_ledger().add_sweep(SweepRow(self.flow, experiment.name, "the same", run_id))
+        if not goes_on:
+            open_ledger().end_sweep(self.flow)
         for _ in range(2):
             number = self.study.ask().number
             self.tracker.start_trial(self.sweep.run_id, study=self.sweep.name, number=number, name="a trial")
 
     @property
     def study(self) -> optuna.Study:
-        return search.load_study(self.sweep.name, study_storage(), self.experiment)
+        return search.load_study(self.sweep.name, study_store(), self.experiment)
 
     @property
     def states(self) -> list[TrialState]:
@@ -74,7 +79,7 @@ def leave(tmp_path_factory) -> Callable[..., Left]:
     experiment = tiny_experiment(folder, name="tiny-closing")
     sizes = {"train": 8, "validation": 4, "test": 4}
     data = PreparedData(folder, "d" * 64, "rows.csv", sizes, {split: {} for split in sizes}, {}, None)
-    return lambda tags=GOING_ON: Left(experiment, data, tags)
+    return lambda **how: Left(experiment, data, **how)
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def test_a_sweep_that_can_go_on_is_interrupted_whatever_befell_it_and_its_trials
 
 
 def test_what_cannot_go_on_is_closed_as_its_end_wants_it(leave):
-    left = leave({"softprompt.resumable": "false"})
+    left = leave(goes_on=False)
     close_open_runs(left.flow, "failed", "gone")
     assert left.ends == {("FAILED", "failed", "gone")}
     assert left.states == [TrialState.FAIL] * 2

@@ -19,14 +19,14 @@ from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Metric, Run
 
 from softprompt.checkpoint import Ending
-from softprompt.history import Entry
 from softprompt.data import PreparedData
 from softprompt.delivery import Delivery, TrialReport
+from softprompt.history import Entry
 from softprompt.home import tracking_file, tracking_uri
-from softprompt.sweep import Sweep
 from softprompt.progress import Lines, watched_by
 from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
+from softprompt.sweep import Sweep
 from softprompt.tracking import Tracker, end_run
 from tests.cable import Cable
 from tests.mlflow_server import MlflowServer

@@ -29,8 +29,8 @@ from softprompt.objective import ACCURACY
 from softprompt.progress import Lines, SearchProgress, TrialProgress, watched_by
 from softprompt.prompt import SoftPrompt
 from softprompt.spec import ExperimentSpec
-from softprompt.sweep import Sweep, begin_sweep, close_sweep, driving
 from softprompt.storage import study_store
+from softprompt.sweep import Sweep, begin_sweep, close_sweep, driving
 from softprompt.tracking import Tracker, _experiment_id
 from softprompt.trials import TrialRecord, describe_end, trial_records
 from softprompt.tuning import tune

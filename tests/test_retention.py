@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from softprompt.data import PreparedData, prepare
 from softprompt.evaluation import measure
 from softprompt.home import cache_home, state_home, tracking_uri
-from softprompt.lane import Sweep
 from softprompt.retention import REMOVED, prune_prompts
 from softprompt.spec import ExperimentSpec
+from softprompt.sweep import Sweep
 from softprompt.tracking import BEST_VAL, Tracker
 from tests.tiny import tiny_experiment
 
@@ -77,7 +77,7 @@ def _wait_for(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
 @pytest.fixture
 def sweep(store, experiment: ExperimentSpec, data: PreparedData) -> Sweep:
     name = next(_names)
-    return Sweep(name=name, run_id=Tracker(experiment).start_sweep(name, experiment, data, {}), tags={})
+    return Sweep(name=name, run_id=Tracker(experiment).start_sweep(name, experiment, data, {}))
 
 
 @pytest.fixture
@@ -90,9 +90,7 @@ def enter(experiment: ExperimentSpec, data: PreparedData, sweep: Sweep, tmp_path
 
     def entered(score: float, *, ended: bool = True) -> str:
         number = next(numbers)
-        run_id = tracker.start_trial(
-            sweep.run_id, study=sweep.name, number=number, name=str(number), params={}, data=data, tags={}
-        )
+        run_id = tracker.start_trial(sweep.run_id, study=sweep.name, number=number, name=str(number))
         tracker.log_metrics(run_id, {f"{BEST_VAL}accuracy": score})
         tracker.log_folder(run_id, folder, "prompt")
         if ended:
@@ -142,6 +140,6 @@ def test_by_default_all_are_kept(experiment, sweep, enter):
 
 def test_other_sweeps_are_left_alone(experiment, data, sweep, enter):
     run = enter(0.5)
-    other = Sweep(name="other", run_id=Tracker(experiment).start_sweep("other", experiment, data, {}), tags={})
+    other = Sweep(name="other", run_id=Tracker(experiment).start_sweep("other", experiment, data, {}))
     assert prune_prompts(experiment, other, 0) == []
     assert has_prompt(run)

@@ -6,20 +6,29 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
-from softprompt.stopping import stoppable
+from softprompt.stopping import Stop, stoppable
+
+
+def run(work: Callable[[Stop], None], **how: float) -> None:
+    with stoppable(**how) as stop:
+        work(stop)
 
 
 def test_ctrl_c_asks_first_and_interrupts_when_the_block_is_left():
-    reached = []
-    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
-        assert not stop.requested
+    seen = []
+
+    def work(stop: Stop) -> None:
+        seen.append(stop.requested)
         signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        reached.append("the end of the block")
-    assert reached
+        seen.append(stop.requested)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(work)
+    assert seen == [False, True]
 
 
 def test_what_handled_sigterm_before_handles_it_afterwards():
@@ -37,28 +46,36 @@ def test_what_handled_sigterm_before_handles_it_afterwards():
 
 
 def test_a_second_signal_interrupts_at_once():
-    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("the block went on")
+    reached = []
+
+    def work(stop: Stop) -> None:
+        for n in range(3):
+            signal.raise_signal(signal.SIGINT)
+            reached.append(n)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(work)
+    assert reached == [0]
 
 
 def test_work_that_does_not_look_is_interrupted_after_the_grace_period():
-    with pytest.raises(KeyboardInterrupt), stoppable(grace=0.05):
+    def work(stop: Stop) -> None:
         signal.raise_signal(signal.SIGINT)
         while True:
             time.sleep(0.01)
 
+    with pytest.raises(KeyboardInterrupt):
+        run(work, grace=0.05)
+
 
 def test_a_wait_ends_with_the_request():
-    def ask() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+    def work(stop: Stop) -> None:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        stop.wait(60)
+        assert stop.requested
 
-    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
-        threading.Timer(0.05, ask).start()
-        while not stop.requested:
-            stop.wait(60)
+    with pytest.raises(KeyboardInterrupt):
+        run(work)
 
 
 def test_another_thread_holds_nothing_back():

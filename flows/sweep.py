@@ -45,7 +45,11 @@ def sweep(experiment: ExperimentSpec) -> SweepResult:
         experiment: The frozen model, the dataset and what to search for.
     """
     data = prepare_data(experiment)
-    study = open_study(experiment, data)
+    return search_and_register(experiment, data, open_study(experiment, data))
+
+
+def search_and_register(experiment: ExperimentSpec, data: str, study: Sweep) -> SweepResult:
+    """What follows once there is a study: the steps that every search takes."""
     trials = tune_prompts(experiment, data, study)
     show_trials(experiment, trials)
     baselines = evaluate_baselines(experiment, data)

@@ -156,7 +156,7 @@ class Lane:
             study=self._sweep.name,
             number=trial.number,
             name=tuning.title.removeprefix("trial "),
-            params=params,
+            params=tuning.params,
             data=self._bench.data,
             tags=self._sweep.tags,
         )

@@ -96,8 +96,8 @@ def _tell_from_memory(bench: Workbench, prompt: SoftPrompt, version: int) -> Dri
     rows = _compare_rows(_recorded_summary(bench, prompt), bench.summary)
     return Drift(
         champion=version,
-        compared=f"All {bench.summary.rows:,} rows of now are compared with what v{version} remembers of its own: they are "
-        "not in the cache, and a change in a part of the rows shows less",
+        compared=f"All {bench.summary.rows:,} rows of now are compared with what v{version} tells of its own: those "
+        "are not in the cache, and a change in a part of the rows shows less",
         new_rows=None,
         gone_rows=None,
         checks=(*rows, _compare_scores(bench, prompt, version, None)),

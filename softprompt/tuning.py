@@ -38,12 +38,12 @@ class Tuning:
     """A trial under way."""
 
     def __init__(self, bench: Workbench, params: dict[str, Any], *, number: int, seed: Sequence[int]) -> None:
+        self.number = number
+        self.slot = bench.start(params, seed=seed)
         self.source = bench.source_of(params)
         """The prompt that it starts from, if it starts from one."""
         self.params = params | ({"source_prompt": str(self.source)} if self.source else {})
         """Its settings, and the source as it was found: what its name stands for may change."""
-        self.number = number
-        self.slot = bench.start(params, seed=seed)
         self.best: Best | None = None
         self.losses: list[float] = []
         """Training loss of every step, in nats per target token."""

@@ -211,7 +211,11 @@ class Workbench:
 
     def source_of(self, params: dict[str, Any]) -> Source | None:
         """The prompt that a trial starts from, if its settings say one."""
-        return self.source(params["prompt.source"]) if params["initialization"] == "prompt" else None
+        if params["initialization"] != "prompt":
+            return None
+        if "prompt.source" not in params:
+            raise UserError("params: 'prompt.source' is missing, which says what prompt to start from; add it")
+        return self.source(params["prompt.source"])
 
     @cached_property
     def _embedding_norm(self) -> float:
@@ -237,8 +241,8 @@ class Workbench:
         own = {k.partition(".")[2]: v for k, v in params.items() if k.startswith(f"{kind}.")}
         if kind == "labels":
             own["words"] = list(self.labels.values())
-        if kind == "prompt":
-            own = {"vectors": self.source(own["source"]).prompt.vectors}
+        if source := self.source_of(params):
+            own = {"vectors": source.prompt.vectors}
         vectors = STRATEGIES[kind](self.backbone, length, generator, **own)
         return self._to_method(vectors, params.get("method", "prompt_tuning"))
 

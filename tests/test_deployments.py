@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import yaml
 from mlflow import MlflowClient
 
 from softprompt.tracking import FLOW_RUN, PARENT_RUN
+from tests.test_retune import add_other_rows
 from tests.test_ui import free_ports
 from tests.tiny import tiny_experiment
 
@@ -78,14 +79,21 @@ class Site:
                 time.sleep(0.25)
         raise AssertionError("the server did not answer")
 
-    def await_completed(self, deployment: str, log: Path) -> dict[str, Any]:
-        """The first run of a deployment that completes."""
+    def create_pool(self) -> None:
+        """As the head of prefect.yaml says."""
+        self.prefect("work-pool", "create", "softprompt", "--type", "process")
+        self.prefect("work-queue", "create", "search", "--pool", "softprompt", "--limit", "1")
+
+    def await_completed(
+        self, deployment: str, log: Path, wanted: Callable[[dict[str, Any]], bool] = lambda run: True
+    ) -> dict[str, Any]:
+        """The first run of a deployment that completes, and is wanted."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             runs = self.post("/flow_runs/filter", {"deployments": {"name": {"any_": [deployment]}}})
             for run in runs:
                 assert run["state_type"] not in ("FAILED", "CRASHED"), log.read_text()
-                if run["state_type"] == "COMPLETED":
+                if run["state_type"] == "COMPLETED" and wanted(run):
                     return dict(run)
             time.sleep(0.5)
         raise AssertionError(f"no run of {deployment} completed: {log.read_text()}")
@@ -95,12 +103,14 @@ class Site:
         return [line["message"] for line in lines]
 
 
-def _every_minute(folder: Path, experiment: dict[str, Any]) -> Path:
-    """A copy of prefect.yaml whose nightly sweep is a tiny one, every minute."""
+def _every_minute(folder: Path, name: str, experiment: dict[str, Any]) -> Path:
+    """A copy of prefect.yaml whose one schedule is that of a deployment, every minute, with a tiny experiment."""
     tree = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
-    nightly = next(deployment for deployment in tree["deployments"] if deployment["name"] == "nightly-sweep")
-    nightly["parameters"] = {"experiment": experiment}
-    nightly["schedules"][0]["cron"] = "* * * * *"
+    for deployment in tree["deployments"]:
+        deployment["parameters"] = {"experiment": experiment}
+        schedules = deployment.pop("schedules", [])
+        if deployment["name"] == name:
+            deployment["schedules"] = [schedules[0] | {"cron": "* * * * *"}]
     file = folder / "prefect.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return file
@@ -112,8 +122,8 @@ def test_launched_and_scheduled_runs_complete_on_a_worker(tmp_path: Path):
     experiment = tiny_experiment(tmp_path / "tiny", budget={"trials": 1}).model_dump(mode="json")
     with site.running("server", "start"):
         site.await_health()
-        site.prefect("work-pool", "create", "softprompt", "--type", "process")
-        file = _every_minute(tmp_path, experiment)
+        site.create_pool()
+        file = _every_minute(tmp_path, "nightly-sweep", experiment)
         site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(file))
         site.prefect("deployment", "run", "sweep/sweep", "--params", json.dumps({"experiment": experiment}))
         with site.running("worker", "start", "--pool", "softprompt", "--limit", "1") as log:
@@ -126,6 +136,39 @@ def test_launched_and_scheduled_runs_complete_on_a_worker(tmp_path: Path):
     assert any("validation accuracy" in line for line in lines)
     assert not any("LOAD_" in line for line in lines), "the log is for people"
     _check_records(site, {launched["id"], scheduled["id"]})
+
+
+@pytest.mark.timeout(400)
+def test_scheduled_retunes_end_early_without_new_rows_and_tell_drift_with_them(tmp_path: Path):
+    site = Site(tmp_path)
+    experiment = tiny_experiment(tmp_path / "tiny", name="tiny-retune", budget={"trials": 1}).model_dump(mode="json")
+    with site.running("server", "start"):
+        site.await_health()
+        site.create_pool()
+        # Without a schedule at first: before there is a champion, a retune is a sweep.
+        site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(_every_minute(tmp_path, "", experiment)))
+        site.prefect("deployment", "run", "sweep/sweep")
+        # Two runs could begin at once, if the queue let them.
+        with site.running("worker", "start", "--pool", "softprompt", "--limit", "2") as log:
+            site.await_completed("sweep", log)
+            file = _every_minute(tmp_path, "nightly-retune", experiment)
+            site.prefect("deploy", "--name", "nightly-retune", "--no-prompt", "--prefect-file", str(file))
+            quiet = site.await_completed("nightly-retune", log)
+            add_other_rows(tmp_path / "tiny" / "rows.csv")
+            busy = site.await_completed("nightly-retune", log, lambda run: run["id"] != quiet["id"])
+        lines = site.log_lines(busy)
+
+    assert quiet["auto_scheduled"]
+    assert quiet["state"]["message"].startswith("nothing new: the rows are those of champion v1")
+    assert busy["auto_scheduled"]
+    assert any(line.startswith("drift: label shares (p ") for line in lines)
+    assert any(line.startswith("a warm start from champion v1") for line in lines)
+    client = MlflowClient(f"sqlite:///{site.folder}/state/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    retunes = client.search_runs(experiments, "tags.`softprompt.role` = 'retune'")
+    outcomes = {run.data.tags[FLOW_RUN]: run.data.tags["softprompt.outcome"] for run in retunes}
+    assert (outcomes[quiet["id"]], outcomes[busy["id"]]) == ("nothing new", "finished")
+    assert len(client.search_model_versions("name = 'tiny-retune'")) == 2
 
 
 def _check_records(site: Site, flow_runs: set[str]) -> None:

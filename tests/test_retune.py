@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,14 @@ from softprompt.workbench import Workbench
 from tests.test_flows import artifacts, states
 from tests.tiny import tiny_experiment, tiny_model, tiny_text_experiment, write_rows
 
+_names = (f"retune-{n}" for n in count())
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-def add_other_rows(folder: Path, count: int = 120) -> None:
+def add_other_rows(file: Path, rows: int = 120) -> None:
     """More rows, but for a few all positive, and longer than those that are there."""
-    with (folder / "rows.csv").open("a", encoding="utf-8", newline="") as stream:
-        for n in range(count):
+    with file.open("a", encoding="utf-8", newline="") as stream:
+        for n in range(rows):
             label = "negative" if n % 10 == 0 else "positive"
             csv.writer(stream).writerow([f"{'the film is a film of great time and story ' * 2}{n}", label, "a film"])
 
@@ -49,18 +51,29 @@ def runs(experiment: ExperimentSpec, asked: str = "") -> list[Run]:
 
 
 def drift_of(run: Run) -> str:
-    with_server = MlflowClient(tracking_uri())
-    text: str = with_server.download_artifacts(run.info.run_id, "drift.json")
-    return Path(text).read_text(encoding="utf-8")
+    return Path(MlflowClient(tracking_uri()).download_artifacts(run.info.run_id, "drift.json")).read_text("utf-8")
+
+
+def with_champion(folder: Path) -> ExperimentSpec:
+    made = tiny_experiment(folder / "tiny", name=next(_names), budget={"trials": 2})
+    sweep(made)
+    return made
 
 
 @pytest.fixture
-def experiment(tmp_path: Path, request: pytest.FixtureRequest) -> ExperimentSpec:
-    """An experiment of one trial with a champion, whose rows are in the folder `tiny`."""
-    name = f"retune-{abs(hash(request.node.name)) % 10**8}"
-    made = tiny_experiment(tmp_path / "tiny", name=name, budget={"trials": 2})
-    sweep(made)
-    return made
+def experiment(tmp_path: Path) -> ExperimentSpec:
+    """An experiment of two trials with a champion, whose rows are in the folder `tiny`."""
+    return with_champion(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> ExperimentSpec:
+    """The same for tests that leave records and champion as they are."""
+    return with_champion(tmp_path_factory.mktemp("shared"))
+
+
+def with_rows(experiment: ExperimentSpec, file: Path) -> ExperimentSpec:
+    return ExperimentSpec.model_validate(experiment.model_dump() | {"data": {"kind": "file", "path": str(file)}})
 
 
 def test_without_a_champion_a_retune_is_a_sweep_and_says_so(tmp_path):
@@ -104,7 +117,7 @@ def test_more_rows_of_the_same_kind_are_no_drift_and_a_challenger_that_is_no_bet
     assert (result.drift.new_rows, result.drift.gone_rows) == (60, 0)
     assert any(line.startswith("no drift seen (label shares p ") for line in said)
     assert result.swept is not None
-    assert "champion v1" in result.swept.evaluation.systems
+    assert result.swept.evaluation.winner == result.swept.evaluation.champion
     assert (result.swept.decision.promoted, champion_version(experiment.name)) == (False, 1)
     assert " is not better than champion v1 " in result.swept.decision.reason
 
@@ -114,7 +127,7 @@ def test_more_rows_of_the_same_kind_are_no_drift_and_a_challenger_that_is_no_bet
 
 def test_planted_drift_is_told_and_the_search_starts_from_the_champion(experiment, tmp_path):
     champion = load_registered(experiment.name)
-    add_other_rows(tmp_path / "tiny")
+    add_other_rows(tmp_path / "tiny" / "rows.csv")
     state, _ = retuned(experiment)
     result = state.result()
     assert result.drift is not None
@@ -164,61 +177,84 @@ def bench_of(experiment: ExperimentSpec) -> Workbench:
     return Workbench(experiment, prepare(experiment, cache_home()))
 
 
-def test_a_champion_can_be_compared_with_on_rows_that_grew_and_its_heirs_too(experiment, tmp_path):
-    champion = load_registered(experiment.name)
-    write_rows(tmp_path / "tiny" / "rows.csv", 400)
-    bench = bench_of(experiment)
-    assert not may_have_seen_test(bench, champion)
-    assert not set(bench.data.split("test")["text"]) & set(_trained_on(experiment, tmp_path)["text"])
+def test_a_champion_can_be_compared_with_on_rows_that_grew_and_its_heirs_too(shared, tmp_path):
+    write_rows(tmp_path / "rows.csv", 400)
+    bench = bench_of(with_rows(shared, tmp_path / "rows.csv"))
+    before = bench_of(shared).data
+    assert not may_have_seen_test(bench, load_registered(shared.name))
+    trained_on = {*before.split("train")["text"], *before.split("validation")["text"]}
+    assert not set(bench.data.split("test")["text"]) & trained_on
     start = warm_start(bench, 1, earlier=3)
-    assert start.experiment.fingerprint != experiment.fingerprint
-    assert start.experiment.name == experiment.name
+    assert start.experiment.fingerprint != shared.fingerprint
+    assert start.experiment.name == shared.name
 
 
-def _trained_on(experiment: ExperimentSpec, folder: Path):
-    """The training rows before they grew."""
-    write_rows(folder / "before.csv", 240)
-    tree = experiment.model_dump() | {"data": {"kind": "file", "path": str(folder / "before.csv")}}
-    return prepare(ExperimentSpec.model_validate(tree), folder / "cache").split("train")
-
-
-def test_no_search_starts_from_a_champion_that_may_have_seen_the_test_rows(experiment):
-    other = experiment.model_copy(update={"seed": 1})
-    start = warm_start(bench_of(other), 1, earlier=0)
+def test_no_search_starts_from_a_champion_that_may_have_seen_the_test_rows(shared):
+    start = warm_start(bench_of(shared.model_copy(update={"seed": 1})), 1, earlier=0)
     assert "may have been trained on rows of the test split" in start.told
-    assert [kind.kind for kind in start.experiment.search.initialization] == [
-        kind.kind for kind in experiment.search.initialization
-    ]
+    assert start.experiment.search == shared.search
 
 
-def test_the_best_earlier_settings_are_tried_and_what_the_space_does_not_hold_is_not(experiment):
-    bench = bench_of(experiment)
-    (first, second, *_) = warm_start(bench, 1, earlier=3).experiment.search.start
+def test_the_champion_comes_first_and_then_the_best_earlier_settings_of_the_space(shared):
+    first, second, *others = warm_start(bench_of(shared), 1, earlier=3).experiment.search.start
     assert (first.initialization, second.initialization) == ("prompt", "prompt")
     assert second.learning_rate == pytest.approx(first.learning_rate / 3)
-    earlier = [p for p in warm_start(bench, 1, earlier=3).experiment.search.start if p.initialization != "prompt"]
-    assert earlier[0].length in range(1, 9)
-    narrow = experiment.search.model_copy(update={"length": 20, "start": ()})
-    narrowed = experiment.model_copy(update={"search": narrow})
-    assert warm_start(bench_of(narrowed), 1, earlier=3).experiment.search.start == ()
-    assert warm_start(bench_of(narrowed), 1, earlier=3).experiment.search.initialization[-1].kind == "prompt"
+    assert [(point.initialization, point.length) for point in others[:1]] == [("labels", 4)]
+    assert shared.search.start[0] not in others[1:], "the same point is not tried twice"
 
 
-def test_rows_that_are_gone_from_the_cache_are_compared_as_the_champion_remembers_them(experiment, tmp_path):
-    shutil.rmtree(prepare(experiment, cache_home()).path)
-    add_other_rows(tmp_path / "tiny")
-    drift = tell_drift(bench_of(experiment), 1)
+def test_what_the_space_does_not_hold_any_more_is_not_tried(shared):
+    narrow = shared.search.model_copy(update={"length": 20, "start": ()})
+    search = warm_start(bench_of(shared.model_copy(update={"search": narrow})), 1, earlier=3).experiment.search
+    assert search.start == ()
+    assert search.initialization[-1].kind == "prompt"
+
+
+def test_a_search_that_is_taken_up_again_is_asked_for_the_same(shared, tmp_path):
+    """Trials of a sweep that has not come to its end are no earlier ones."""
+    bench = bench_of(shared)
+    before = warm_start(bench, 1, earlier=3)
+    tracker = Tracker(shared)
+    parent = tracker.start_sweep("open", shared, bench.data, {})
+    params = {"length": 7, "initialization": "uniform", "learning_rate": 0.2, "method": "prompt_tuning"}
+    run = tracker.start_trial(parent, study="open", number=0, name="0", params=params, data=bench.data, tags={})
+    tracker.log_metrics(run, {"best_val_accuracy": 1.0})
+    tracker.end(run, "finished")
+    assert warm_start(bench, 1, earlier=3) == before
+    tracker.end(parent, "finished")
+    assert warm_start(bench, 1, earlier=3).experiment.search.start[2].length == 7
+
+
+def test_rows_that_are_gone_from_the_cache_are_compared_as_the_champion_remembers_them(shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    write_rows(tmp_path / "rows.csv", 240)
+    add_other_rows(tmp_path / "rows.csv")
+    other = with_rows(shared, tmp_path / "rows.csv")
+    drift = tell_drift(bench_of(other), 1)
     assert drift.new_rows is None
     assert "not in the cache" in drift.compared
     assert {"label shares", "length of the inputs"} <= set(drift.seen)
-    assert drift.checks[-1].now.endswith(")")
-    assert "60 rows" in drift.checks[-1].now
+    assert " on 60 rows" in drift.checks[-1].now
+
+    reworded = other.model_copy(update={"template": "{text} It is"})
+    assert "were read with another template" in tell_drift(bench_of(reworded), 1).checks[0].untested
+
+
+def test_only_new_rows_of_the_test_split_are_asked_for_drift_of_the_score(shared, tmp_path):
+    write_rows(tmp_path / "rows.csv", 300)
+    bench = bench_of(with_rows(shared, tmp_path / "rows.csv"))
+    drift = tell_drift(bench, 1)
+    known = {text for split in ("train", "validation", "test") for text in bench_of(shared).data.split(split)["text"]}
+    fresh = [text for text in bench.data.split("test")["text"] if text not in known]
+    assert 0 < len(fresh) < 60
+    assert f" on {len(fresh)} rows" in drift.checks[-1].now
+    assert " on 60 rows" in drift.checks[-1].before
 
 
 def test_free_text_drifts_in_its_lengths_and_its_loss(tmp_path):
     texts = tiny_text_experiment(tmp_path, name="retune-texts", budget={"trials": 1})
     sweep(texts)
-    add_other_rows(tmp_path)
+    add_other_rows(tmp_path / "rows.csv")
     drift = tell_drift(bench_of(texts), 1)
     assert [check.key for check in drift.checks] == ["texts", "inputs", "loss_per_token"]
     assert {"length of the texts", "length of the inputs"} <= set(drift.seen)

@@ -7,10 +7,13 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from prefect.states import State
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.retune import RetuneResult, retune
 from flows.sweep import sweep
 from softprompt.data import load_prepared, prepare
@@ -238,6 +241,27 @@ def test_rows_that_are_gone_from_the_cache_are_compared_as_the_champion_remember
 
     reworded = other.model_copy(update={"template": "{text} It is"})
     assert "were read with another template" in tell_drift(bench_of(reworded), 1).checks[0].untested
+
+
+def test_a_dry_run_tells_drift_and_the_plan_and_records_nothing(shared, tmp_path):
+    def planned(experiment: ExperimentSpec) -> str:
+        (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
+        result = CliRunner().invoke(app, ["retune", str(tmp_path / "experiment.yaml"), "--dry-run"])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    before = len(runs(shared))
+    assert planned(shared).startswith("retune       nothing new: the rows are those of champion v1")
+    write_rows(tmp_path / "rows.csv", 240)
+    add_other_rows(tmp_path / "rows.csv")
+    told = planned(with_rows(shared, tmp_path / "rows.csv"))
+    assert told.startswith("retune       a warm start from champion v1; ")
+    assert "\ndrift        drift: label shares (p " in told
+    assert (
+        "initialization uniform, normal, vocabulary, labels, text, prompt\n" in told
+        or "none, only search.start" in told
+    )
+    assert len(runs(shared)) == before
 
 
 def test_only_new_rows_of_the_test_split_are_asked_for_drift_of_the_score(shared, tmp_path):

@@ -130,7 +130,7 @@ def warm_start(bench: Workbench, version: int, *, earlier: int) -> Start:
         points = _from_champion(experiment.search, prompt)
     points += best_settings(experiment, fits=lambda point: _fits(search, point), limit=earlier)
     points = [point for n, point in enumerate(points) if _fits(search, point) and point not in points[:n]]
-    kept = [point for point in own if point not in points]
+    kept = [point for point in own if not any(_is_one_of(point, tried) for tried in points)]
     tree = experiment.model_dump(mode="json") | {"search": search | {"start": [*points, *kept]}}
     return Start(
         experiment=ExperimentSpec.model_validate(tree),
@@ -160,6 +160,11 @@ def _fits(search: dict[str, Any], point: dict[str, Any]) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def _is_one_of(own: dict[str, Any], tried: dict[str, Any]) -> bool:
+    """Whether a point that is tried says all that a starting point says; what that one leaves open is null."""
+    return all(value is None or tried.get(name) == value for name, value in own.items())
 
 
 def _dataset(prompt: SoftPrompt) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,13 +16,19 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from softprompt.tracking import FLOW_RUN, PARENT_RUN
+from softprompt.comparison import measure_prompt
+from softprompt.registry import decide, register
+from softprompt.spec import ExperimentSpec
+from softprompt.store import create_stores
+from softprompt.tracking import FLOW_RUN, PARENT_RUN, Tracker
+from softprompt.tuning import tune
+from softprompt.workbench import Workbench
 from tests.test_retune import add_other_rows
 from tests.test_ui import free_ports
 from tests.tiny import tiny_experiment
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 150
+SECONDS = 240
 
 
 class Site:
@@ -66,9 +73,13 @@ class Site:
                     process.wait()
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(self.api + path, data, headers), timeout=20) as answer:
-            return json.load(answer)
+        return self.call("POST", path, body)
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data, headers = None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.api + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or "null")
 
     def await_health(self) -> None:
         for _ in range(SECONDS * 4):
@@ -138,21 +149,21 @@ def test_launched_and_scheduled_runs_complete_on_a_worker(tmp_path: Path):
     _check_records(site, {launched["id"], scheduled["id"]})
 
 
-@pytest.mark.timeout(400)
-def test_scheduled_retunes_end_early_without_new_rows_and_tell_drift_with_them(tmp_path: Path):
+@pytest.mark.timeout(600)
+def test_scheduled_retunes_end_early_without_new_rows_and_tell_drift_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     site = Site(tmp_path)
-    experiment = tiny_experiment(tmp_path / "tiny", name="tiny-retune", budget={"trials": 1}).model_dump(mode="json")
+    experiment = tiny_experiment(tmp_path / "tiny", name="tiny-retune", budget={"trials": 1})
+    monkeypatch.setenv("SOFTPROMPT_HOME", site.environment["SOFTPROMPT_HOME"])
+    _make_champion(experiment)
     with site.running("server", "start"):
         site.await_health()
         site.create_pool()
-        # Without a schedule at first: before there is a champion, a retune is a sweep.
-        site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(_every_minute(tmp_path, "", experiment)))
-        site.prefect("deployment", "run", "sweep/sweep")
-        # Two runs could begin at once, if the queue let them.
+        file = _every_minute(tmp_path, "nightly-retune", experiment.model_dump(mode="json"))
+        site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(file))
+        _check_one_at_a_time(site)
         with site.running("worker", "start", "--pool", "softprompt", "--limit", "2") as log:
-            site.await_completed("sweep", log)
-            file = _every_minute(tmp_path, "nightly-retune", experiment)
-            site.prefect("deploy", "--name", "nightly-retune", "--no-prompt", "--prefect-file", str(file))
             quiet = site.await_completed("nightly-retune", log)
             add_other_rows(tmp_path / "tiny" / "rows.csv")
             busy = site.await_completed("nightly-retune", log, lambda run: run["id"] != quiet["id"])
@@ -169,6 +180,32 @@ def test_scheduled_retunes_end_early_without_new_rows_and_tell_drift_with_them(t
     outcomes = {run.data.tags[FLOW_RUN]: run.data.tags["softprompt.outcome"] for run in retunes}
     assert (outcomes[quiet["id"]], outcomes[busy["id"]]) == ("nothing new", "finished")
     assert len(client.search_model_versions("name = 'tiny-retune'")) == 2
+
+
+def _make_champion(experiment: ExperimentSpec) -> None:
+    """As a sweep leaves it."""
+    create_stores()
+    bench, tracker = Workbench(experiment), Tracker(experiment)
+    prompt = tune(bench, {"length": 4, "initialization": "labels", "learning_rate": 0.1})
+    run_id = tracker.start_sweep("first", experiment, bench.data, {})
+    measured = measure_prompt(bench, prompt)
+    tracker.log_evaluation(run_id, {"winner": measured})
+    with tempfile.TemporaryDirectory() as folder:
+        version = register(experiment.name, run_id, prompt.save(Path(folder) / "prompt"), measured)
+    assert decide(experiment.name, version, measured, None).promoted
+    tracker.end(run_id, "finished")
+
+
+def _check_one_at_a_time(site: Site) -> None:
+    """Of runs of two deployments that are due, a worker gets one."""
+    made = []
+    for name in ("sweep/sweep", "retune/nightly-retune"):
+        deployment = site.call("GET", f"/deployments/name/{name}")["id"]
+        made.append(site.post(f"/deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"])
+    due = site.post("/work_pools/softprompt/get_scheduled_flow_runs", {})
+    assert len({run["flow_run"]["id"] for run in due}) == 1
+    for flow_run in made:
+        site.call("DELETE", f"/flow_runs/{flow_run}")
 
 
 def _check_records(site: Site, flow_runs: set[str]) -> None:

@@ -9,8 +9,10 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import yaml
@@ -78,8 +80,15 @@ class Site:
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data, headers = None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.api + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read() or "null")
+        for attempt in count(1):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.loads(answer.read() or "null")
+            except HTTPError as error:
+                # A busy server asks to be called again, as Prefect's own client does.
+                if error.code != 503 or attempt == 20:
+                    raise
+                time.sleep(1)
 
     def await_health(self) -> None:
         for _ in range(SECONDS * 4):

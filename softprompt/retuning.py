@@ -13,7 +13,7 @@ from softprompt.data import SPLITS, PreparedData, find_prepared
 from softprompt.drift import Check, Drift, Recorded, compare_labels, compare_lengths, compare_scores
 from softprompt.errors import UserError
 from softprompt.exposure import OTHER_SPLITS, may_have_seen_test
-from softprompt.history import best_settings, last_retuned
+from softprompt.earlier import best_settings, last_retuned
 from softprompt.home import cache_home, owns_tracking, require_tracking, tracking_file, tracking_uri
 from softprompt.prompt import SoftPrompt
 from softprompt.registry import champion_version, load_registered

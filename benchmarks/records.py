@@ -143,7 +143,7 @@ class Studies:
             params=drawn.params,
             distributions=drawn.distributions,
             intermediate_values=scores,
-            user_attrs={search.VAL_LOSS: 0.5, search.TITLE: "trial", search.RUN_ID: "0" * 32, search.PASSED: 240},
+            user_attrs={search.VAL_LOSS: 0.5, search.TITLE: "trial", search.PASSED: 240},
             system_attrs={f"completed_rung_{n}": score for n, score in enumerate(scores.values())},
         )
 

@@ -81,6 +81,26 @@ def sweep(
 
 
 @app.command()
+def retune(experiment: Experiment, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """On fresh data, tell drift and search from the champion on; without new rows nothing is done."""
+    with _one_sentence():
+        spec = _read(experiment, overrides)
+        if dry_run:
+            _print_retune_plan(spec)
+            return
+        _begin(f"retune of {spec.name}")
+        from flows.retune import retune as run
+        from flows.terminal import shown
+
+        with shown():
+            result = run(spec)
+        if result.swept is None:
+            return  # it has been said that there is nothing new
+        _print_systems(result.swept.evaluation.systems)
+        _print_decision(result.swept.decision)
+
+
+@app.command()
 def tune(
     experiment: Experiment,
     overrides: Overrides = None,
@@ -234,6 +254,23 @@ def _print_plan(spec: "ExperimentSpec", *, training: bool = True) -> None:
 
     bench = Workbench(spec)
     for subject, text in (plan(bench) if training else plan_evaluation(bench)).items():
+        typer.echo(f"{subject:<12} {text}")
+
+
+def _print_retune_plan(spec: "ExperimentSpec") -> None:
+    _begin(state=False)
+    from softprompt.plan import plan
+    from softprompt.retuning import EARLIER, find_news, tell_drift, warm_start
+    from softprompt.workbench import Workbench
+
+    bench = Workbench(spec)
+    news = find_news(spec, bench.data)
+    told = {"retune": news.nothing_new or "a sweep, as there is no champion yet"}
+    if news.champion is not None and not news.nothing_new:
+        start = warm_start(bench, news.champion, earlier=EARLIER)
+        told = {"retune": start.told, "drift": tell_drift(bench, news.champion).verdict}
+        bench = Workbench(start.experiment, bench.data, bench.backbone)
+    for subject, text in (told if news.nothing_new else told | plan(bench)).items():
         typer.echo(f"{subject:<12} {text}")
 
 

@@ -51,7 +51,11 @@ def sweep(experiment: ExperimentSpec, new: bool = False) -> SweepResult:
         new: Whether to give up an interrupted sweep, and begin anew.
     """
     data = prepare_data(experiment)
-    study = open_study(experiment, data, new)
+    return search_and_register(experiment, data, open_study(experiment, data, new))
+
+
+def search_and_register(experiment: ExperimentSpec, data: str, study: Sweep) -> SweepResult:
+    """What follows once there is a study: the steps that every search takes."""
     with driving(study):
         trials = tune_prompts(experiment, data, study)
         show_trials(experiment, trials)

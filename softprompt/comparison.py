@@ -3,6 +3,8 @@
 Every system answers the same rows in the same order, so that two of them can be compared row by row.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from sklearn.dummy import DummyClassifier
@@ -20,8 +22,6 @@ MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
 NO_PROMPT = "no prompt"
 INSTRUCTION = "instruction"
-OTHER_SPLITS = "other splits: may have seen test rows"
-"""Said of a prompt whose score on the test split cannot be trusted."""
 
 
 def measure_baselines(bench: Workbench) -> dict[str, Metrics]:
@@ -36,8 +36,13 @@ def measure_baselines(bench: Workbench) -> dict[str, Metrics]:
     }
 
 
-def measure_prompt(bench: Workbench, prompt: SoftPrompt) -> Metrics:
+def measure_prompt(bench: Workbench, prompt: SoftPrompt, rows: Sequence[int] | None = None) -> Metrics:
     """A soft prompt on the test split, with its own template, words and limit of tokens.
+
+    Args:
+        bench: the experiment.
+        prompt: the soft prompt.
+        rows: places of the rows to measure on, at least one; all of them by default.
 
     Raises UserError where it belongs to another base model, to other targets or to other columns.
     """
@@ -50,20 +55,8 @@ def measure_prompt(bench: Workbench, prompt: SoftPrompt) -> Metrics:
             "evaluate it on an experiment with its own columns"
         )
     split = bench.split("test", template=prompt.template, max_tokens=prompt.max_tokens, position=prompt.position)
-    return target.measure(prompt.vectors, split.inputs, split.answers)
-
-
-def may_have_seen_test(bench: Workbench, prompt: SoftPrompt) -> bool:
-    """Whether rows of the test split may be among those that a prompt was trained or chosen on.
-
-    A test split that the data names is the user's to keep apart. A carved one is safe where the prompt's own was carved
-    from the same order, by seed and columns, and reached at least as far: all that it was trained on comes later.
-    """
-    bound, own = bench.data.test_bound, prompt.provenance
-    if bound is None:
-        return False
-    same_order = (own.get("seed"), Predictor.fields_of(prompt)) == (bench.experiment.seed, bench.experiment.fields)
-    return not same_order or bound > (own.get("dataset", {}).get("test_bound") or "")
+    chosen = range(len(split.inputs)) if rows is None else rows
+    return target.measure(prompt.vectors, [split.inputs[n] for n in chosen], [split.answers[n] for n in chosen])
 
 
 def _measure_majority(bench: Workbench) -> LabelMetrics:

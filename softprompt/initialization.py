@@ -1,4 +1,4 @@
-"""Where a prompt starts: five strategies, each by its definition.
+"""Where a prompt starts: six strategies, each by its definition.
 
 All return P vectors `[P, H]` in float32 on the CPU, and draw from the generator that they are given and from nothing
 else. Nothing here trains.
@@ -67,12 +67,18 @@ def labels(backbone: Backbone, length: int, generator: Generator, *, words: Sequ
     return _fill(backbone, vectors, length, generator)
 
 
+def prompt(backbone: Backbone, length: int, generator: Generator, *, vectors: Tensor) -> Tensor:
+    """The vectors `[Q, H]` of a trained prompt: the first P of them, or filled up from the common vocabulary."""
+    return _fill(backbone, vectors, length, generator)
+
+
 STRATEGIES: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform,
     "normal": normal,
     "vocabulary": vocabulary,
     "text": text,
     "labels": labels,
+    "prompt": prompt,
 }
 """The strategies by the names that an experiment gives them."""
 

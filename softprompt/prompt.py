@@ -5,6 +5,7 @@ The folder opens in PEFT as it is (`adapter_config.json`, `adapter_model.safeten
 No pickle is written or read.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from tempfile import mkdtemp
 from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from softprompt.backbone import Backbone
@@ -27,6 +28,7 @@ from softprompt.template import columns_of
 FORMAT = 1
 """Version of `softprompt.json`; another one is refused."""
 _TENSOR = "prompt_embeddings"
+_METADATA = {"format": "pt"}
 _LARGEST = {"softprompt.json": 1 << 20, "adapter_model.safetensors": 1 << 30}
 """Bytes of the files that are read; what is larger is no soft prompt."""
 _FIELDS: dict[str, type] = {
@@ -93,6 +95,15 @@ class SoftPrompt:
         """The method that it was trained by."""
         return method_of(self.vectors)
 
+    @property
+    def vectors_sha256(self) -> str:
+        """Hash of the vectors as they are stored: of the file `adapter_model.safetensors`."""
+        return hashlib.sha256(save(self._stored, metadata=_METADATA)).hexdigest()
+
+    @property
+    def _stored(self) -> dict[str, Tensor]:
+        return {_TENSOR: _to_peft(self.vectors).float().repeat(_copies(self.encoder_decoder), 1)}
+
     def require(self, backbone: Backbone) -> None:
         """Raise UserError, with both hashes, unless this is the backbone it was trained on, and has room for it."""
         for what, expected, found in (
@@ -144,8 +155,7 @@ class SoftPrompt:
 
     def _write(self, draft: Path) -> None:
         tensors = draft / "adapter_model.safetensors"
-        stored = _to_peft(self.vectors).float().repeat(_copies(self.encoder_decoder), 1)
-        save_file({_TENSOR: stored}, tensors, metadata={"format": "pt"})
+        save_file(self._stored, tensors, metadata=_METADATA)
         if self.position == "start":  # PEFT knows no other place, and refuses a folder without its config
             _write_json(draft / "adapter_config.json", self._peft_config())
         _write_json(draft / "softprompt.json", self._manifest(tensors))

@@ -44,10 +44,15 @@ class Decision(BaseModel):
 
 
 def champion_version(name: str) -> int | None:
-    """The version that holds the alias; None where there is none yet."""
+    """The version that holds the alias `champion`; None where there is none yet."""
+    return version_of(name, CHAMPION)
+
+
+def version_of(name: str, alias: str) -> int | None:
+    """The version that holds an alias; None where there is none."""
     client = MlflowClient(tracking_uri())
     try:
-        return int(client.get_model_version_by_alias(name, CHAMPION).version)
+        return int(client.get_model_version_by_alias(name, alias).version)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None

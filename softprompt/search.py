@@ -30,8 +30,6 @@ from softprompt.spec import (
     SearchSpec,
 )
 
-RUN_ID = "run_id"
-"""Attribute of a trial: its run in MLflow."""
 TITLE = "title"
 """Attribute of a trial: its settings in words."""
 VAL_LOSS = "val_loss"

@@ -25,6 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from softprompt.data import PreparedData
+from softprompt.drift import Drift
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
 from softprompt.figures import draw_systems
@@ -49,6 +50,16 @@ FLOW_RUN = "prefect.flow_run_id"
 HOST = "softprompt.host"
 PID = "softprompt.pid"
 """With the host: the process that writes a sweep or an evaluation, and closes it unless it is killed."""
+ROLE = "softprompt.role"
+"""What a run is beside a sweep, a trial or an evaluation."""
+RETUNE = "retune"
+"""Role of a sweep that a schedule began because of fresh data, and of the note that there were none."""
+DIGEST = "softprompt.data_digest"
+"""Of a retune: the digest of all rows."""
+DRIFT = "softprompt.drift"
+"""Of a retune: what has drifted since the champion was made."""
+NOTHING_NEW = "nothing new"
+"""Outcome of a retune that had nothing to do."""
 SLOTS = "softprompt.slots"
 """How many trials a lane has trained side by side, and why."""
 PROMPT = "prompt"
@@ -218,6 +229,25 @@ class Tracker:
         self.log_evaluation(run_id, systems)
         self.end(run_id, "finished")
 
+    def log_retune(self, sweep: str, data: PreparedData, drift: Drift | None) -> None:
+        """Mark a sweep as a retune, with the drift since the champion was made, where there is a champion."""
+        self._client.set_tag(sweep, ROLE, RETUNE)
+        self._client.set_tag(sweep, DIGEST, data.digest)
+        if drift is not None:
+            self._client.set_tag(sweep, DRIFT, drift.verdict)
+            self.log_metrics(sweep, drift.metrics)
+            self._client.log_dict(sweep, drift.model_dump(mode="json"), "drift.json")
+            self._client.log_text(sweep, drift.describe(), "drift.md")
+
+    def record_nothing_new(self, data: PreparedData, why: str, tags: Mapping[str, str]) -> str:
+        """Record a retune that had nothing to do as a small run of its own: a schedule that is alive is seen to be."""
+        name = time.strftime(f"{NOTHING_NEW} %m-%d %H:%M", time.gmtime())
+        tags = {ROLE: RETUNE, DIGEST: data.digest, NOTE: why, REASON: why, **tags}
+        run_id: str = self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+        self._client.set_terminated(run_id)
+        self._client.set_tag(run_id, OUTCOME, NOTHING_NEW)  # last: a run without it counts as open
+        return run_id
+
     def log_slots(self, sweep: str, choice: str) -> None:
         """Record on the sweep how many trials a lane trains side by side, and why."""
         self.client.set_tag(sweep, SLOTS, choice)
@@ -327,10 +357,15 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
         return _experiment_id(client, name)  # another process made it meanwhile
 
 
-def _sweep_params(experiment: ExperimentSpec, data: PreparedData) -> dict[str, Any]:
+def model_name(experiment: ExperimentSpec) -> str:
+    """What names the base model in a sweep's record."""
     base = experiment.model.model_dump(mode="json")
+    return str(base.get("id") or base.get("path") or base["package"])
+
+
+def _sweep_params(experiment: ExperimentSpec, data: PreparedData) -> dict[str, Any]:
     return {
-        "model": base.get("id") or base.get("path") or base["package"],
+        "model": model_name(experiment),
         "precision": experiment.precision,
         "data": data.source,
         **{f"{split}_rows": rows for split, rows in data.sizes.items()},

@@ -65,9 +65,12 @@ class Tuning:
     """A trial under way."""
 
     def __init__(self, bench: Workbench, params: dict[str, Any], *, number: int, seed: Sequence[int]) -> None:
-        self.params = params
         self.number = number
         self.slot = bench.start(params, seed=seed)
+        self.source = bench.source_of(params)
+        """The prompt that it starts from, if it starts from one."""
+        self.params = params | ({"source_prompt": str(self.source)} if self.source else {})
+        """Its settings, and the source as it was found: what its name stands for may change."""
         self.best: Best | None = None
         self.history: list[Entry] = []
         """Every training loss and every metric on the validation split, in their order."""
@@ -239,7 +242,13 @@ class Tuning:
                 "experiment": experiment.name,
                 "fingerprint": experiment.fingerprint,
                 "seed": experiment.seed,
-                "dataset": {"source": data.source, "digest": data.digest, "test_bound": data.test_bound},
+                "dataset": {
+                    "source": data.source,
+                    "digest": data.digest,
+                    "test_bound": data.test_bound,
+                    "summary": self._bench.summary.model_dump(mode="json"),
+                },
+                "source_prompt": self.source.record if self.source else None,
                 "params": self.params,
                 "trial": self.number,
                 "step": self.best.step,

@@ -4,7 +4,7 @@ What cannot be trained on is refused here, before anything is: inputs that make 
 fields, and prompt, input and label that the model has too few positions for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.backbone import Backbone
 from softprompt.batch import Example
-from softprompt.data import SPLITS, PreparedData, encode_inputs, prepare, render
+from softprompt.data import SPLITS, Encoded, PreparedData, encode_inputs, prepare, render
 from softprompt.dropout import has_dropout
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics
@@ -24,7 +24,9 @@ from softprompt.initialization import STRATEGIES
 from softprompt.loading import load_backbone
 from softprompt.loss import Loss, OverLabels, OverVocabulary
 from softprompt.passes import Passes
-from softprompt.spec import ExperimentSpec, Method, ResidualReparameterization
+from softprompt.sources import Source, open_source, require_source
+from softprompt.spec import ExperimentSpec, Method, PromptInit, ResidualReparameterization
+from softprompt.summary import Summary, summarize
 from softprompt.target import open_target
 from softprompt.training import Settings, Slot
 
@@ -60,11 +62,16 @@ class Workbench:
         self._splits: dict[tuple[str, str, int, str], Split] = {}
         if "prefix_tuning" in experiment.search.methods:
             self.backbone.require_prefixes()
+        self._sources: dict[str, Source] = {}
+        for spec in experiment.search.initialization:
+            if isinstance(spec, PromptInit):
+                self.source(spec.source)
         self._check_positions()
         self._check_dropout()
         # A mistake in template or rows is told before there is a study or a run.
-        self._targets = {name: self.target.encode(self.split(name).answers) for name in SPLITS}
-        self.targets_cut = sum(cut for _, cut in self._targets.values())
+        self.targets = {name: self.target.encode(self.split(name).answers) for name in SPLITS}
+        """Of each split, the targets as tokens, and how many of them were cut."""
+        self.targets_cut = sum(cut for _, cut in self.targets.values())
         """Texts that were longer than `labels.max_new_tokens` and lost their end."""
 
     def split(
@@ -105,7 +112,16 @@ class Workbench:
 
     def _encode(self, name: str, template: str, max_tokens: int, position: str) -> Split:
         rows = self.data.split(name)
-        encoded = encode_inputs(
+        encoded = self._encode_rows(rows, template, max_tokens, position)
+        return Split(encoded.inputs, list(rows["label"]), encoded.cut)
+
+    def encode(self, rows: Iterable[Mapping[str, str]]) -> Encoded:
+        """Other rows as tokens, by the experiment's template, limit and place."""
+        own = self.experiment
+        return self._encode_rows(rows, own.template, own.training.max_tokens, own.prompt_position)
+
+    def _encode_rows(self, rows: Iterable[Mapping[str, str]], template: str, max_tokens: int, position: str) -> Encoded:
+        return encode_inputs(
             rows,
             template=template,
             fields=self.experiment.fields,
@@ -114,7 +130,11 @@ class Workbench:
             apart=self.backbone.is_encoder_decoder,
             before=self.backbone.placed(position).before,
         )
-        return Split(encoded.inputs, list(rows["label"]), encoded.cut)
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The rows of all splits in numbers, for a prompt to remember."""
+        return summarize(self)
 
     @cached_property
     def loss(self) -> Loss:
@@ -132,7 +152,7 @@ class Workbench:
     @cached_property
     def examples(self) -> list[Example]:
         """The training rows."""
-        targets, _ = self._targets["train"]
+        targets, _ = self.targets["train"]
         return [Example(*row) for row in zip(self.split("train").inputs, targets, strict=True)]
 
     @property
@@ -177,6 +197,22 @@ class Workbench:
         )
         return Slot(self._initial(params, int(draws)), self.examples, settings, self.backbone.device, self.loss)
 
+    def source(self, named: str) -> Source:
+        """The prompt that a source names, found once; UserError where no prompt of the experiment can start from it."""
+        if named not in self._sources:
+            found = open_source(named)
+            require_source(self, found)
+            self._sources[named] = found
+        return self._sources[named]
+
+    def source_of(self, params: dict[str, Any]) -> Source | None:
+        """The prompt that a trial starts from, if its settings say one."""
+        if params["initialization"] != "prompt":
+            return None
+        if "prompt.source" not in params:
+            raise UserError("params: 'prompt.source' is missing, which says what prompt to start from; add it")
+        return self.source(params["prompt.source"])
+
     @cached_property
     def _embedding_norm(self) -> float:
         """Mean norm of the embeddings as the model looks them up."""
@@ -201,6 +237,8 @@ class Workbench:
         own = {k.partition(".")[2]: v for k, v in params.items() if k.startswith(f"{kind}.")}
         if kind == "labels":
             own["words"] = list(self.target.labels.values())
+        if source := self.source_of(params):
+            own = {"vectors": source.prompt.vectors}
         vectors = STRATEGIES[kind](self.backbone, length, generator, **own)
         return self._to_method(vectors, params.get("method", "prompt_tuning"))
 

@@ -12,10 +12,11 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
-from softprompt.comparison import OTHER_SPLITS, may_have_seen_test, measure_baselines, measure_prompt
+from softprompt.comparison import measure_baselines, measure_prompt
 from softprompt.data import load_prepared
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
+from softprompt.exposure import OTHER_SPLITS, may_have_seen_test
 from softprompt.home import require_tracking
 from softprompt.loading import load_backbone
 from softprompt.progress import watcher

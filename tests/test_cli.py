@@ -54,7 +54,7 @@ def sentence(result: Any, code: int = 2) -> str:
 
 def test_help_names_every_command():
     shown = run("--help").stdout
-    assert all(name in shown for name in ("sweep", "tune", "evaluate", "predict", "device", "ui"))
+    assert all(name in shown for name in ("sweep", "retune", "tune", "evaluate", "predict", "device", "ui"))
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,9 @@ def test_dry_run_of_the_other_commands(tmp_path: Path):
     evaluated = call("evaluate", file, "--dry-run", SOFTPROMPT_HOME=home)
     assert evaluated.exit_code == 0, evaluated.stderr
     assert "nothing is trained" in evaluated.stdout
+    retuned = call("retune", file, "--dry-run", SOFTPROMPT_HOME=home)
+    assert retuned.exit_code == 0, retuned.stderr
+    assert retuned.stdout.startswith("retune       a sweep, as there is no champion yet\nexperiment ")
     assert not home.exists()
 
 
@@ -262,6 +265,10 @@ def test_sweep_then_predict(tmp_path: Path):
     assert not (tmp_path / "none.csv").exists()
 
     assert "no such registered prompt" in sentence(run("predict", "x", "--version", "9", **home))
+
+    retuned = run("retune", tmp_path / "experiment.yaml", **home)
+    assert (retuned.returncode, retuned.stderr) == (0, "")
+    assert "nothing new: the rows are those of champion v1" in retuned.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

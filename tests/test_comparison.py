@@ -10,13 +10,13 @@ from softprompt.comparison import (
     MAJORITY,
     NO_PROMPT,
     TFIDF,
-    may_have_seen_test,
     measure_baselines,
     measure_prompt,
 )
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.evaluation import LabelMetrics, measure_scores
+from softprompt.exposure import may_have_seen_test
 from softprompt.inference import Classifier
 from softprompt.prediction import Predictor
 from softprompt.prompt import SoftPrompt

@@ -25,7 +25,7 @@ from softprompt.history import Entry
 from softprompt.home import tracking_file, tracking_uri
 from softprompt.progress import Lines, watched_by
 from softprompt.spec import ExperimentSpec
-from softprompt.store import create_stores
+from softprompt.storage import create_stores
 from softprompt.sweep import Sweep
 from softprompt.tracking import Tracker, end_run
 from tests.cable import Cable

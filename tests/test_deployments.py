@@ -4,23 +4,33 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import yaml
 from mlflow import MlflowClient
 
-from softprompt.tracking import FLOW_RUN, PARENT_RUN
+from softprompt.comparison import measure_prompt
+from softprompt.registry import decide, register
+from softprompt.spec import ExperimentSpec
+from softprompt.storage import create_stores
+from softprompt.tracking import FLOW_RUN, PARENT_RUN, Tracker
+from softprompt.tuning import tune
+from softprompt.workbench import Workbench
+from tests.test_retune import add_other_rows
 from tests.test_ui import free_ports
 from tests.tiny import tiny_experiment
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 150
+SECONDS = 240
 
 
 class Site:
@@ -65,9 +75,20 @@ class Site:
                     process.wait()
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(self.api + path, data, headers), timeout=20) as answer:
-            return json.load(answer)
+        return self.call("POST", path, body)
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data, headers = None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.api + path, data, headers, method=method)
+        for attempt in count(1):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.loads(answer.read() or "null")
+            except HTTPError as error:
+                # A busy server asks to be called again, as Prefect's own client does.
+                if error.code != 503 or attempt == 20:
+                    raise
+                time.sleep(1)
 
     def await_health(self) -> None:
         for _ in range(SECONDS * 4):
@@ -78,14 +99,21 @@ class Site:
                 time.sleep(0.25)
         raise AssertionError("the server did not answer")
 
-    def await_completed(self, deployment: str, log: Path) -> dict[str, Any]:
-        """The first run of a deployment that completes."""
+    def create_pool(self) -> None:
+        """As the head of prefect.yaml says."""
+        self.prefect("work-pool", "create", "softprompt", "--type", "process")
+        self.prefect("work-queue", "create", "search", "--pool", "softprompt", "--limit", "1")
+
+    def await_completed(
+        self, deployment: str, log: Path, wanted: Callable[[dict[str, Any]], bool] = lambda run: True
+    ) -> dict[str, Any]:
+        """The first run of a deployment that completes, and is wanted."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             runs = self.post("/flow_runs/filter", {"deployments": {"name": {"any_": [deployment]}}})
             for run in runs:
                 assert run["state_type"] not in ("FAILED", "CRASHED"), log.read_text()
-                if run["state_type"] == "COMPLETED":
+                if run["state_type"] == "COMPLETED" and wanted(run):
                     return dict(run)
             time.sleep(0.5)
         raise AssertionError(f"no run of {deployment} completed: {log.read_text()}")
@@ -95,12 +123,14 @@ class Site:
         return [line["message"] for line in lines]
 
 
-def _every_minute(folder: Path, experiment: dict[str, Any]) -> Path:
-    """A copy of prefect.yaml whose nightly sweep is a tiny one, every minute."""
+def _every_minute(folder: Path, name: str, experiment: dict[str, Any]) -> Path:
+    """A copy of prefect.yaml whose one schedule is that of a deployment, every minute, with a tiny experiment."""
     tree = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
-    nightly = next(deployment for deployment in tree["deployments"] if deployment["name"] == "nightly-sweep")
-    nightly["parameters"] = {"experiment": experiment}
-    nightly["schedules"][0]["cron"] = "* * * * *"
+    for deployment in tree["deployments"]:
+        deployment["parameters"] = {"experiment": experiment}
+        schedules = deployment.pop("schedules", [])
+        if deployment["name"] == name:
+            deployment["schedules"] = [schedules[0] | {"cron": "* * * * *"}]
     file = folder / "prefect.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return file
@@ -112,8 +142,8 @@ def test_launched_and_scheduled_runs_complete_on_a_worker(tmp_path: Path):
     experiment = tiny_experiment(tmp_path / "tiny", budget={"trials": 1}).model_dump(mode="json")
     with site.running("server", "start"):
         site.await_health()
-        site.prefect("work-pool", "create", "softprompt", "--type", "process")
-        file = _every_minute(tmp_path, experiment)
+        site.create_pool()
+        file = _every_minute(tmp_path, "nightly-sweep", experiment)
         site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(file))
         site.prefect("deployment", "run", "sweep/sweep", "--params", json.dumps({"experiment": experiment}))
         with site.running("worker", "start", "--pool", "softprompt", "--limit", "1") as log:
@@ -126,6 +156,65 @@ def test_launched_and_scheduled_runs_complete_on_a_worker(tmp_path: Path):
     assert any("validation accuracy" in line for line in lines)
     assert not any("LOAD_" in line for line in lines), "the log is for people"
     _check_records(site, {launched["id"], scheduled["id"]})
+
+
+@pytest.mark.timeout(600)
+def test_scheduled_retunes_end_early_without_new_rows_and_tell_drift_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    site = Site(tmp_path)
+    experiment = tiny_experiment(tmp_path / "tiny", name="tiny-retune", budget={"trials": 1})
+    monkeypatch.setenv("SOFTPROMPT_HOME", site.environment["SOFTPROMPT_HOME"])
+    _make_champion(experiment)
+    with site.running("server", "start"):
+        site.await_health()
+        site.create_pool()
+        file = _every_minute(tmp_path, "nightly-retune", experiment.model_dump(mode="json"))
+        site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(file))
+        _check_one_at_a_time(site)
+        with site.running("worker", "start", "--pool", "softprompt", "--limit", "2") as log:
+            quiet = site.await_completed("nightly-retune", log)
+            add_other_rows(tmp_path / "tiny" / "rows.csv")
+            busy = site.await_completed("nightly-retune", log, lambda run: run["id"] != quiet["id"])
+        lines = site.log_lines(busy)
+
+    assert quiet["auto_scheduled"]
+    assert quiet["state"]["message"].startswith("nothing new: the rows are those of champion v1")
+    assert busy["auto_scheduled"]
+    assert any(line.startswith("drift: label shares (p ") for line in lines)
+    assert any(line.startswith("a warm start from champion v1") for line in lines)
+    client = MlflowClient(f"sqlite:///{site.folder}/state/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    retunes = client.search_runs(experiments, "tags.`softprompt.role` = 'retune'")
+    outcomes = {run.data.tags[FLOW_RUN]: run.data.tags["softprompt.outcome"] for run in retunes}
+    assert (outcomes[quiet["id"]], outcomes[busy["id"]]) == ("nothing new", "finished")
+    assert len(client.search_model_versions("name = 'tiny-retune'")) == 2
+
+
+def _make_champion(experiment: ExperimentSpec) -> None:
+    """As a sweep leaves it."""
+    create_stores()
+    bench, tracker = Workbench(experiment), Tracker(experiment)
+    prompt = tune(bench, {"length": 4, "initialization": "labels", "learning_rate": 0.1})
+    run_id = tracker.start_sweep("first", experiment, bench.data, {})
+    measured = measure_prompt(bench, prompt)
+    tracker.log_evaluation(run_id, {"winner": measured})
+    with tempfile.TemporaryDirectory() as folder:
+        version = register(experiment.name, run_id, prompt.save(Path(folder) / "prompt"), measured)
+    assert decide(experiment.name, version, measured, None).promoted
+    tracker.end(run_id, "finished")
+
+
+def _check_one_at_a_time(site: Site) -> None:
+    """Of runs of two deployments that are due, a worker gets one."""
+    made = []
+    for name in ("sweep/sweep", "retune/nightly-retune"):
+        deployment = site.call("GET", f"/deployments/name/{name}")["id"]
+        made.append(site.post(f"/deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"])
+    due = site.post("/work_pools/softprompt/get_scheduled_flow_runs", {})
+    assert len({run["flow_run"]["id"] for run in due}) == 1
+    for flow_run in made:
+        site.call("DELETE", f"/flow_runs/{flow_run}")
 
 
 def _check_records(site: Site, flow_runs: set[str]) -> None:

@@ -22,6 +22,7 @@ STRATEGIES: dict[str, Strategy] = {
     "normal": initialization.normal,
     "vocabulary": initialization.vocabulary,
     "text": lambda b, length, g: initialization.text(b, length, g, text=TEXT),
+    "prompt": lambda b, length, g: initialization.prompt(b, length, g, vectors=torch.ones(4, 32)),
     "labels": lambda b, length, g: initialization.labels(b, length, g, words=WORDS),
 }
 
@@ -130,3 +131,11 @@ def test_the_token_that_closes_a_label_is_no_part_of_its_mean() -> None:
     closed = initialization.labels(backbone(), 6, stream(), words=[(*ids, end) for ids in WORDS])
     assert torch.equal(closed, initialization.labels(backbone(), 6, stream(), words=WORDS))
     assert tokens_of(initialization.labels(backbone(), 1, stream(), words=[(end,)]), backbone()) == [end]
+
+
+def test_a_prompt_goes_on_from_its_first_vectors_and_is_filled_up_from_the_vocabulary() -> None:
+    vectors = torch.randn(4, 32, generator=stream(7))
+    assert torch.equal(initialization.prompt(backbone(), 3, stream(), vectors=vectors), vectors[:3])
+    longer = initialization.prompt(backbone(), 10, stream(), vectors=vectors)
+    assert torch.equal(longer[:4], vectors)
+    assert torch.equal(longer[4:], initialization.vocabulary(backbone(), 6, stream()))

@@ -10,6 +10,7 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 
 from flows.environment import QUIET
+from flows.retune import retune
 from flows.sweep import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -17,10 +18,10 @@ TREE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding
 DEPLOYMENTS = {deployment["name"]: deployment for deployment in TREE["deployments"]}
 
 
-def _schema() -> dict[str, Any]:
+def _schema(flow: Any = sweep) -> dict[str, Any]:
     from prefect.utilities.callables import parameter_schema
 
-    return parameter_schema(sweep.fn).model_dump_for_openapi()
+    return parameter_schema(flow.fn).model_dump_for_openapi()
 
 
 def _keys(model: Any) -> set[str]:
@@ -34,8 +35,8 @@ def test_form_is_filled_with_the_default_experiment():
     )
 
 
-def test_both_are_deployed_with_the_same_experiment():
-    assert set(DEPLOYMENTS) == {"sweep", "nightly-sweep"}
+def test_all_are_deployed_with_the_same_experiment():
+    assert set(DEPLOYMENTS) == {"sweep", "nightly-sweep", "nightly-retune"}
     for deployment in DEPLOYMENTS.values():
         assert deployment["parameters"] == {"experiment": TREE["definitions"]["experiment"]}
 
@@ -57,12 +58,16 @@ def test_deployment_has_no_unknown_key(deployment: dict[str, Any]):
 @pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
 def test_one_run_at_a_time_on_our_pool(deployment: dict[str, Any]):
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
-    assert deployment["work_pool"]["name"] == "softprompt"
+    assert (deployment["work_pool"]["name"], deployment["work_pool"]["work_queue_name"]) == ("softprompt", "search")
 
 
 def test_nightly_sweep_runs_at_two():
     assert DEPLOYMENTS["nightly-sweep"]["schedules"] == [{"slug": "nightly", "cron": "0 2 * * *", "timezone": "UTC"}]
     assert "schedules" not in DEPLOYMENTS["sweep"]
+
+
+def test_nightly_retune_runs_at_four():
+    assert DEPLOYMENTS["nightly-retune"]["schedules"] == [{"slug": "retune", "cron": "0 4 * * *", "timezone": "UTC"}]
 
 
 def test_worker_runs_as_quietly_as_the_command_line():
@@ -72,22 +77,24 @@ def test_worker_runs_as_quietly_as_the_command_line():
 @pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
 def test_entrypoint_is_the_flow(deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    assert load_flow_from_entrypoint(deployment["entrypoint"]).name == "sweep"
+    assert load_flow_from_entrypoint(deployment["entrypoint"]).name == deployment["name"].removeprefix("nightly-")
 
 
-def test_parameters_satisfy_the_schema_of_the_form():
-    assert validate({"experiment": TREE["definitions"]["experiment"]}, _schema(), raise_on_error=True) == []
+@pytest.mark.parametrize("flow", [sweep, retune], ids=lambda flow: flow.name)
+def test_parameters_satisfy_the_schema_of_the_form(flow: Any):
+    assert validate({"experiment": TREE["definitions"]["experiment"]}, _schema(flow), raise_on_error=True) == []
 
 
-def test_every_field_of_the_form_is_described():
-    schema = _schema()
+@pytest.mark.parametrize("flow", [sweep, retune], ids=lambda flow: flow.name)
+def test_every_field_of_the_form_is_described(flow: Any):
+    schema = _schema(flow)
     undescribed = [
         f"{title}.{name}"
         for title, part in schema["definitions"].items()
         for name, field in part.get("properties", {}).items()
         if not field.get("description") and name != "kind"
     ]
-    assert schema["properties"]["experiment"]["description"]
+    assert all(field["description"] for field in schema["properties"].values())
     assert undescribed == []
 
 

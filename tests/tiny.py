@@ -136,7 +136,7 @@ def tiny_experiment(folder: Path, **overrides: Any) -> ExperimentSpec:
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_tiny(folder / "model")
-    _write_rows(folder / "rows.csv")
+    write_rows(folder / "rows.csv")
     return validate_experiment(_tree(folder) | overrides, "tiny experiment")
 
 
@@ -188,7 +188,7 @@ _SHORT = {"positive": "a great film", "negative": "dull"}
 _LONG = "the film is great, the plot is dull, and the cast is wonderful"
 
 
-def _write_rows(path: Path, count: int = 240) -> None:
+def write_rows(path: Path, count: int = 240) -> None:
     """Rows whose label is said by two of their words, and a short text beside it; no two rows are the same."""
     draw = random.Random(0)
     with path.open("w", encoding="utf-8", newline="") as stream:

@@ -110,6 +110,15 @@ def load_prepared(path: Path) -> PreparedData:
     return prepared
 
 
+def find_prepared(digest: str, cache: Path) -> PreparedData | None:
+    """Prepared data of a digest, if they lie in the cache unharmed."""
+    for file in sorted((cache / "data").glob("*/prepared.json")):
+        with contextlib.suppress(UserError, OSError, ValueError, AttributeError):  # another process may remove it
+            if json.loads(file.read_text(encoding="utf-8")).get("digest") == digest:
+                return load_prepared(file.parent)
+    return None
+
+
 def data_key(experiment: ExperimentSpec) -> str:
     """What decides the prepared data, as a fingerprint: data, fields, labels, splits, seed and the files' bytes."""
     files = {}

@@ -153,7 +153,18 @@ class LabelsInit(Kind):
     kind: Literal["labels"] = "labels"
 
 
-InitSpec = Annotated[UniformInit | NormalInit | VocabularyInit | TextInit | LabelsInit, Field(discriminator="kind")]
+class PromptInit(Spec):
+    """The vectors of a prompt that is there, cut to the length or filled up from the common vocabulary."""
+
+    kind: Literal["prompt"] = "prompt"
+    source: Words
+    """A registered soft prompt, as `models:/NAME@champion` or `models:/NAME/3`, or the folder of a saved one; it must
+    have been trained on the experiment's own base model."""
+
+
+InitSpec = Annotated[
+    UniformInit | NormalInit | VocabularyInit | TextInit | LabelsInit | PromptInit, Field(discriminator="kind")
+]
 
 
 class NoReparameterization(Kind):

@@ -15,9 +15,9 @@ Fact = tuple[str, ...]
 class Difference:
     """How the records of a disturbed sweep differ from those of its twin."""
 
-    lost: tuple[Fact, ...]
+    lost: tuple[Fact, ...] = ()
     """What the twin has and the sweep has not."""
-    doubled: tuple[Fact, ...]
+    doubled: tuple[Fact, ...] = ()
     """What the sweep has more often than the twin, or beside it."""
 
     def __bool__(self) -> bool:

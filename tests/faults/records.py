@@ -143,7 +143,7 @@ def _lease_facts() -> Iterator[Fact]:
 
 
 def _file_facts(studies: list[str], run_ids: set[str]) -> Iterator[Fact]:
-    """Files in the state and among the temporary ones that belong to nothing."""
+    """Files in the state, and tensors among the temporary ones, that belong to nothing."""
     state = state_home()
     for file in state.rglob("*"):
         place = str(file.relative_to(state))
@@ -151,9 +151,8 @@ def _file_facts(studies: list[str], run_ids: set[str]) -> Iterator[Fact]:
             for name in studies:
                 place = place.replace(name, "STUDY")
             yield "left over", place
-    for file in Path(tempfile.gettempdir()).rglob("*"):
-        if file.is_file():
-            yield "left over", f"temporary {file.name}"
+    for file in Path(tempfile.gettempdir()).rglob("*.safetensors"):  # MLflow leaves files of its own there
+        yield "left over", f"temporary {file.name}"
     if owns_tracking() and artifact_root().is_dir():
         for folder in artifact_root().iterdir():
             if folder.name not in run_ids and folder.name != "models":

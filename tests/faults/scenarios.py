@@ -1,8 +1,7 @@
 """The faults: each scenario brings one sweep to its end through some of them, and says how many there were.
 
-A scenario is given a stage (what all share), a home (its own state), a draw (its own random stream) and how many faults
-to inject. It raises `Stuck` where the product does not do what it has to in the face of the fault; what became of the
-records is judged afterwards, by others.
+A scenario is given a case: what all share, its own state and random stream, and how many faults to inject. It raises
+`Stuck` where the product does not do what it has to in the face of the fault; then the records are compared.
 """
 
 import contextlib
@@ -16,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,52 @@ class Stage:
     twin_of_command: list[Fact] | None = None
 
 
-Scenario = Callable[[Stage, Home, random.Random, int], int]
+@dataclass
+class Case:
+    """One sweep that is to be disturbed, and what became of it."""
+
+    stage: Stage
+    home: Home
+    draw: random.Random
+    faults: int
+    """How many are to be injected."""
+    single: bool = False
+    """Whether the sweep has one trial."""
+    struck: int = 0
+    """How many were injected."""
+    difference: Difference = field(default_factory=Difference)
+
+    @property
+    def twin(self) -> Twin:
+        """The undisturbed one."""
+        twin = self.stage.twin_of_single if self.single else self.stage.twin
+        assert twin is not None
+        return twin
+
+    @property
+    def instant(self) -> float:
+        """Seconds from the begin of a process to a fault, of which so many wear out one sweep, more or less."""
+        start, seconds = self.twin.start, self.twin.seconds
+        return self.draw.uniform(0.3 * start, start + 1.8 * (seconds - start) / self.faults)
+
+    def sweep(self, *extra: Hook) -> Child:
+        """A process that begins the sweep, or goes on with it."""
+        return sweep(self.stage, self.home, extra, single=self.single)
+
+    def read(self) -> list[Fact]:
+        """The facts as they are now."""
+        return read(self.home, self.stage.bench.experiment.name)
+
+    @contextlib.contextmanager
+    def compared(self, twin: Sequence[Fact] | None = None) -> Iterator[None]:
+        """Compare with the twin when the block ends, also where it does with an error."""
+        try:
+            yield
+        finally:
+            self.difference = compare(self.twin.facts if twin is None else twin, self.read())
+
+
+Scenario = Callable[[Case], None]
 
 
 def sweep(stage: Stage, home: Home, extra: Sequence[Hook] = (), *, single: bool = False) -> Child:
@@ -125,173 +170,153 @@ def _note_first(file: Path) -> Hook:
     return lambda: hooks.wrap(subject.STEP, around)
 
 
-def _instant(twin: Twin, draw: random.Random, count: int) -> float:
-    """Seconds from the begin of a process to a fault: `count` of them wear out one sweep, more or less."""
-    return draw.uniform(0.3 * twin.start, twin.start + 1.8 * (twin.seconds - twin.start) / count)
-
-
 def _interrupted(sign: int) -> Scenario:
     """One sweep that a signal ends again and again, at random instants."""
 
-    def scenario(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
-        assert stage.twin is not None
-        for n in range(count):
-            child = sweep(stage, home)
-            if child.wait(_instant(stage.twin, draw, count)):
+    def scenario(case: Case) -> None:
+        for _ in range(case.faults):
+            child = case.sweep()
+            if child.wait(case.instant):
                 finish(child)
-                return n
+                return
             child.send(sign)
+            case.struck += 1
             if not child.wait(ENDS_WITHIN):
                 child.kill()
                 raise Stuck(f"did not end within {ENDS_WITHIN:g} s of {signal.Signals(sign).name}")
-        finish(sweep(stage, home))
-        return count
+        finish(case.sweep())
 
     return scenario
 
 
-def aimed(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def aimed(case: Case) -> None:
     """SIGKILL just before or after calls between which the records do not agree."""
-    assert stage.twin is not None
     missing = [p for p in subject.POINTS if not _exists(p)]
     if missing:
         raise Stuck(f"there is no {missing[0]}, and {len(missing) - 1} more are missing")
-    points = [point for point in subject.POINTS if stage.twin.calls.get(point)]
-    struck = 0
-    for _ in range(count):
-        point = draw.choice(points)
-        nth = draw.randint(1, max(1, round(1.5 * stage.twin.calls[point] / count)))
-        when: hooks.When = draw.choice(("before", "after"))
-        child = sweep(stage, home, [hooks.die_at(point, nth=nth, when=when)])
+    usual = [point for point in subject.POINTS if case.twin.calls.get(point)]
+    for n in range(case.faults):
+        point = case.draw.choice(subject.POINTS if n else usual)  # some are passed only where a lane has died
+        nth = case.draw.randint(1, max(1, round(1.5 * case.twin.calls.get(point, 0) / case.faults)))
+        when: hooks.When = case.draw.choice(("before", "after"))
+        child = case.sweep(hooks.die_at(point, nth=nth, when=when))
         if not child.wait(_LIMIT):
             child.kill()
             raise Stuck(f"did not end within {_LIMIT:g} s, nor come to call {nth} of {point}")
         if child.ended != -signal.SIGKILL:
             finish(child)
-            return struck
-        struck += 1
-    finish(sweep(stage, home))
-    return struck
+            return
+        case.struck += 1
+    finish(case.sweep())
 
 
-def jumping_clock(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def jumping_clock(case: Case) -> None:
     """A wall clock that jumps by hours, forwards and backwards, while a sweep runs."""
-    assert stage.twin is not None
-    length = stage.twin.seconds
-    jumps = [(draw.uniform(0, 0.8 * length), draw.choice((-1, 1)) * draw.uniform(600, 6 * 3600)) for _ in range(count)]
-    finish(sweep(stage, home, [hooks.jumping_clock(jumps)]))
-    return count
+    length = 0.8 * case.twin.seconds
+    draw = case.draw
+    jumps = [(draw.uniform(0, length), draw.choice((-1, 1)) * draw.uniform(600, 6 * 3600)) for _ in range(case.faults)]
+    child = case.sweep(hooks.jumping_clock(jumps))
+    try:
+        finish(child)
+    finally:
+        case.struck = sum(at < time.monotonic() - child.began for at, _ in jumps)
 
 
-def server_killed(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def server_killed(case: Case) -> None:
     """MLflow's server is killed and comes back, while a sweep goes on."""
-    assert stage.twin is not None
-    server = services.MlflowServer(home, stage.template / "mlflow.db")
-    home.environment["MLFLOW_TRACKING_URI"] = server.uri
-    with contextlib.closing(server):
-        child = sweep(stage, home)
-        struck = 0
-        for _ in range(count):
-            if child.wait(draw.uniform(0.2, stage.twin.seconds / count)):
+    server = services.MlflowServer(case.home, case.stage.template / "mlflow.db")
+    case.home.environment["MLFLOW_TRACKING_URI"] = server.uri
+    with contextlib.closing(server), case.compared():
+        child = case.sweep()
+        for _ in range(case.faults):
+            if child.wait(case.draw.uniform(0.2, case.twin.seconds / case.faults)):
                 break
             server.stop()
-            struck += 1
-            child.wait(draw.uniform(0.1, 1.5))
+            case.struck += 1
+            child.wait(case.draw.uniform(0.1, 1.5))
             server.start()
         finish(child)
-        _judge(stage, home)
-        return struck
 
 
-def cable_cut(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def cable_cut(case: Case) -> None:
     """The connections to MLflow's server are cut at random bytes, while a sweep goes on."""
-    server = services.MlflowServer(home, stage.template / "mlflow.db")
-    with contextlib.closing(server), contextlib.closing(services.Cable(home, server.port)) as cable:
-        home.environment["MLFLOW_TRACKING_URI"] = cable.uri
-        child = sweep(stage, home)
-        while cable.cuts < count:
-            before = cable.cuts
-            cable.cut_after(draw.randint(1, 40_000))
-            while cable.cuts == before and not child.wait(0.05):
-                pass
-            if child.ended is not None:
-                break
-            if draw.random() < 0.3:
-                cable.cut()
-                child.wait(draw.uniform(0.1, 1))
-                cable.mend()
-        struck = cable.cuts
-        finish(child)
-        home.environment["MLFLOW_TRACKING_URI"] = server.uri
-        _judge(stage, home)
-        return struck
+    server = services.MlflowServer(case.home, case.stage.template / "mlflow.db")
+    with contextlib.closing(server), contextlib.closing(services.Cable(case.home, server.port)) as cable:
+        case.home.environment["MLFLOW_TRACKING_URI"] = cable.uri
+        with case.compared():
+            try:
+                _cut(case, cable)
+            finally:
+                case.home.environment["MLFLOW_TRACKING_URI"] = server.uri
 
 
-def postgres_restarted(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def _cut(case: Case, cable: services.Cable) -> None:
+    child = case.sweep()
+    while case.struck < case.faults and child.ended is None:
+        cable.cut_after(case.draw.randint(1, 40_000))
+        while cable.cuts == case.struck and not child.wait(0.05):
+            pass
+        case.struck = cable.cuts
+        if case.draw.random() < 0.3:
+            cable.cut()
+            child.wait(case.draw.uniform(0.1, 1))
+            cable.mend()
+    finish(child)
+
+
+def postgres_restarted(case: Case) -> None:
     """The study's PostgreSQL is stopped, or crashes, and comes back, while a sweep goes on."""
-    assert stage.twin is not None
-    assert stage.postgres is not None
-    with contextlib.closing(services.Postgres(stage.postgres)) as server:
-        home.environment["SOFTPROMPT_STORAGE"] = server.url
-        child = sweep(stage, home)
-        struck = 0
-        for _ in range(count):
-            if child.wait(draw.uniform(0.2, stage.twin.seconds / count)):
-                break
-            server.stop(draw.choice(("fast", "immediate")))
-            struck += 1
-            child.wait(draw.uniform(0, 0.5))
-            server.start()
-        finish(child)
-        _judge(stage, home)
-        return struck
-
-
-def killed_on_servers(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
-    """SIGKILL at random instants of a sweep whose records are in PostgreSQL and on MLflow's server."""
-    assert stage.postgres is not None
-    mlflow = services.MlflowServer(home, stage.template / "mlflow.db")
-    with contextlib.closing(mlflow), contextlib.closing(services.Postgres(stage.postgres)) as postgres:
-        home.environment |= {"MLFLOW_TRACKING_URI": mlflow.uri, "SOFTPROMPT_STORAGE": postgres.url}
-        struck = _interrupted(signal.SIGKILL)(stage, home, draw, count)
-        _judge(stage, home)
-        return struck
-
-
-class Different(Exception):
-    """The records differ from the twin's."""
-
-    def __init__(self, difference: Difference) -> None:
-        super().__init__("the records differ")
-        self.difference = difference
-
-
-def _judge(stage: Stage, home: Home) -> None:
-    """Compare while the servers are there; Different where the records differ."""
-    assert stage.twin is not None
-    difference = compare(stage.twin.facts, read(home, stage.bench.experiment.name))
-    if difference:
-        raise Different(difference)
-
-
-def full_disk(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
-    """The disk of the state is full for a while; the sweep may end of it, and is then gone on with."""
-    assert stage.twin is not None
-    limited = None if _mount_small(home.state, stage.template) else _file_limit
-    for n in range(count):
-        child = sweep(stage, home)
-        if child.wait(_instant(stage.twin, draw, count)):
+    assert case.stage.postgres is not None
+    with contextlib.closing(services.Postgres(case.stage.postgres)) as server:
+        case.home.environment["SOFTPROMPT_STORAGE"] = server.url
+        with case.compared():
+            child = case.sweep()
+            for _ in range(case.faults):
+                if child.wait(case.draw.uniform(0.2, case.twin.seconds / case.faults)):
+                    break
+                server.stop(case.draw.choice(("fast", "immediate")))
+                case.struck += 1
+                child.wait(case.draw.uniform(0, 0.5))
+                server.start()
             finish(child)
-            return n
-        with limited(child) if limited else _filled(home.state):
-            child.wait(draw.uniform(0.2, 1.5))
+
+
+def killed_on_servers(case: Case) -> None:
+    """SIGKILL at random instants of a sweep whose records are in PostgreSQL and on MLflow's server."""
+    assert case.stage.postgres is not None
+    mlflow = services.MlflowServer(case.home, case.stage.template / "mlflow.db")
+    with contextlib.closing(mlflow), contextlib.closing(services.Postgres(case.stage.postgres)) as postgres:
+        case.home.environment |= {"MLFLOW_TRACKING_URI": mlflow.uri, "SOFTPROMPT_STORAGE": postgres.url}
+        with case.compared():
+            _interrupted(signal.SIGKILL)(case)
+
+
+def full_disk(case: Case) -> None:
+    """The disk of the state is full for a while; the sweep may end of it, and is then gone on with."""
+    small = _mount_small(case.home.state, case.stage.template)
+    try:
+        with case.compared():
+            _fill(case, _filled if small else _limited)
+    finally:
+        if small:
+            subprocess.call(["umount", "-l", str(case.home.state)])
+
+
+def _fill(case: Case, full: Callable[[Child], AbstractContextManager[None]]) -> None:
+    for _ in range(case.faults):
+        child = case.sweep()
+        if child.wait(case.instant):
+            finish(child)
+            return
+        with full(child):
+            case.struck += 1
+            child.wait(case.draw.uniform(0.2, 1.5))
         if not child.wait(_LIMIT):
             child.kill()
             raise Stuck("neither ended nor went on after the disk was full")
         if child.ended == 0:
-            return n + 1
-    finish(sweep(stage, home))
-    return count
+            return
+    finish(case.sweep())
 
 
 def _mount_small(folder: Path, template: Path) -> bool:
@@ -308,9 +333,9 @@ def _mount_small(folder: Path, template: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _filled(folder: Path) -> Any:
-    """Nothing more fits on the disk of the folder."""
-    ballast = folder / "ballast.lock"
+def _filled(child: Child) -> Iterator[None]:
+    """Nothing more fits on the disk of a child's state."""
+    ballast = child.home.state / "ballast.lock"
     try:
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as stream:
             for size in (1 << 16, 1 << 10, 1):
@@ -323,8 +348,8 @@ def _filled(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _file_limit(child: Child) -> Any:
-    """No file of a process may grow beyond 64 KiB: the nearest to a full disk where nothing may be mounted."""
+def _limited(child: Child) -> Iterator[None]:
+    """No file of a child may grow beyond 64 KiB: the nearest to a full disk where nothing may be mounted."""
     _, most = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (1 << 16, most))
     try:
@@ -334,12 +359,12 @@ def _file_limit(child: Child) -> Any:
             resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (most, most))
 
 
-def not_finite(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def not_finite(case: Case) -> None:
     """One trial whose loss is not finite fails with its reason; those before it are as ever, the others end well."""
-    assert stage.twin is not None
-    number = draw.choice([n for n in range(1, subject.TRIALS) if n != 2])
-    finish(sweep(stage, home, [subject.not_finite_in(number)]))
-    found = read(home, stage.bench.experiment.name)
+    number = case.draw.choice([n for n in range(1, subject.TRIALS) if n != 2])
+    case.struck = 1
+    finish(case.sweep(subject.not_finite_in(number)))
+    found = case.read()
     name = f"sweep 0 trial {number}"
     if (name, "state", "FAIL") not in found:
         raise Stuck(f"{name} has not failed")
@@ -347,13 +372,12 @@ def not_finite(stage: Stage, home: Home, draw: random.Random, count: int) -> int
         raise Stuck(f"{name} does not say why it has failed")
     if (f"{name} in MLflow", "run", "FAILED", "under", "sweep 0") not in found:
         raise Stuck(f"{name} is not FAILED in MLflow")
-    others = {f[0] for f in found if f[1:] == ("state", "FAIL")} - {name}
-    if others:
-        raise Stuck(f"{', '.join(sorted(others))} failed as well")
-    difference = compare(_until(number, stage.twin.facts), _until(number, found))
-    if difference:
-        raise Different(difference)
-    return 1
+    ends = {f[0]: f[2] for f in found if f[1] == "state"}
+    if len(ends) != subject.TRIALS + 1 or any(
+        end not in ("COMPLETE", "PRUNED") for n, end in ends.items() if n != name
+    ):
+        raise Stuck(f"the trials have ended as {ends}")
+    case.difference = compare(_until(number, case.twin.facts), _until(number, found))
 
 
 def _until(number: int, facts: Sequence[Fact]) -> list[Fact]:
@@ -362,65 +386,57 @@ def _until(number: int, facts: Sequence[Fact]) -> list[Fact]:
     return [fact for fact in facts if fact[0].removesuffix(" in MLflow") in before]
 
 
-def raced(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def raced(case: Case) -> None:
     """Two lanes begin at once where one has died, and both find its trial."""
-    assert stage.twin_of_single is not None
-    twin = stage.twin_of_single
-    first = sweep(stage, home, single=True)
-    if not first.wait(draw.uniform(twin.start, twin.seconds)):
-        first.kill()
-    else:
+    first = case.sweep()
+    if first.wait(case.draw.uniform(case.twin.start, case.twin.seconds)):
         finish(first)
-    racers = [sweep(stage, home, [hooks.count_calls([subject.STEP])], single=True) for _ in range(2)]
+        return
+    first.kill()
+    case.struck = 1
+    racers = [case.sweep(hooks.count_calls([subject.STEP])) for _ in range(2)]
     trained = [finish(racer)["calls"].get(subject.STEP, 0) for racer in racers]
     if all(trained):
         raise Stuck(f"both trained the trial, for {trained[0]} and {trained[1]} steps")
-    return 1
 
 
-def stopped_beyond_patience(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def stopped_beyond_patience(case: Case) -> None:
     """A lane on another machine stands still until its trial is taken up, and then goes on as if nothing had been."""
-    assert stage.twin_of_single is not None
-    twin = stage.twin_of_single
     short = hooks.default_of(subject.LEDGER, patience=_PATIENCE)
-    still = sweep(stage, home, [short, hooks.host_named("elsewhere")], single=True)
-    if still.wait(draw.uniform(twin.start, twin.seconds)):
+    still = case.sweep(short, hooks.host_named("elsewhere"))
+    if still.wait(case.draw.uniform(case.twin.start, case.twin.seconds)):
         finish(still)
-        return 0
+        return
     still.send(signal.SIGSTOP)
+    case.struck = 1
     try:
-        finish(sweep(stage, home, [short], single=True))
+        finish(case.sweep(short))
     finally:
         still.send(signal.SIGCONT)
     finish(still)
-    return 1
 
 
-def torn(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def torn(case: Case) -> None:
     """The newest checkpoint of a lane that died is cut short, altered, gone, or that of another trial."""
-    assert stage.twin is not None
     stolen: Path | None = None
-    struck = 0
-    for _ in range(count):
-        nth = draw.randint(2, 5)
-        child = sweep(stage, home, [hooks.die_at(subject.SAVED, nth=nth, when="after")])
+    for _ in range(case.faults):
+        child = case.sweep(hooks.die_at(subject.SAVED, nth=case.draw.randint(2, 5), when="after"))
         if not child.wait(_LIMIT):
             child.kill()
-            raise Stuck("did not end")
+            raise Stuck(f"did not end within {_LIMIT:g} s")
         if child.ended != -signal.SIGKILL:
             finish(child)
-            return struck
-        found = sorted(home.state.glob(subject.CHECKPOINTS), key=lambda f: (f.stat().st_mtime_ns, f.name))
+            return
+        found = sorted(case.home.state.glob(subject.CHECKPOINTS), key=lambda f: (f.stat().st_mtime_ns, f.name))
         if not found:
             raise Stuck("there is no checkpoint")
-        _tear(found[-1], stolen, draw)
-        kept = [f for f in found if f.exists()]
-        if kept:
-            stolen = home.folder / kept[0].name
-            shutil.copy(kept[0], stolen)
-        struck += 1
-    finish(sweep(stage, home))
-    return struck
+        _tear(found[-1], stolen, case.draw)
+        case.struck += 1
+        for file in found[:1]:
+            if file.exists():
+                stolen = case.home.folder / file.name
+                shutil.copy(file, stolen)
+    finish(case.sweep())
 
 
 def _tear(newest: Path, stolen: Path | None, draw: random.Random) -> None:
@@ -443,27 +459,26 @@ def _tear(newest: Path, stolen: Path | None, draw: random.Random) -> None:
         shutil.copy(stolen, newest.with_name(f"{step}-{stolen.name.partition('-')[2] or digest}"))
 
 
-def command_interrupted(stage: Stage, home: Home, draw: random.Random, count: int) -> int:
+def command_interrupted(case: Case) -> None:
     """The whole command, with Prefect and all, is killed, terminated and stopped by Ctrl-C, and gone on with."""
-    for n in range(count):
-        process = _command(stage, home)
-        try:
-            if not _has_stepped(home, process, draw.randint(1, 5 * (n + 1))):
-                raise Stuck(f"the command ended with {process.poll()} before it trained: {home.last_words()}")
-            sign = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[n % 3]
-            process.send_signal(sign)
-            process.wait(ENDS_WITHIN)
-        except subprocess.TimeoutExpired:
-            raise Stuck(f"the command did not end within {ENDS_WITHIN:g} s of {sign.name}") from None
-        finally:
-            services.stop_group(process)
-    run_command(stage, home)
-    if stage.twin_of_command is None:
-        raise Stuck("there is no twin")
-    difference = compare(stage.twin_of_command, read(home, stage.bench.experiment.name))
-    if difference:
-        raise Different(difference)
-    return count
+    with case.compared(case.stage.twin_of_command):
+        for n in range(case.faults):
+            _interrupt(case, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[n % 3])
+        run_command(case.stage, case.home)
+
+
+def _interrupt(case: Case, sign: signal.Signals) -> None:
+    process = _command(case.stage, case.home)
+    try:
+        if not _has_stepped(case.home, process, case.draw.randint(1, 4)):
+            raise Stuck(f"the command ended with {process.poll()} before it trained: {case.home.last_words()}")
+        process.send_signal(sign)
+        case.struck += 1
+        process.wait(ENDS_WITHIN)
+    except subprocess.TimeoutExpired:
+        raise Stuck(f"the command did not end within {ENDS_WITHIN:g} s of {sign.name}") from None
+    finally:
+        services.stop_group(process)
 
 
 def run_command(stage: Stage, home: Home) -> None:
@@ -525,7 +540,7 @@ class Kind:
     single: bool = False
     """Whether the sweep has one trial."""
     judged: bool = False
-    """Whether the scenario compares by itself, because its servers end with it."""
+    """Whether the scenario compares by itself, as where its servers end with it."""
     postgres: bool = False
 
 
@@ -540,7 +555,7 @@ KINDS = (
     Kind("SIGKILL between two records", aimed, 8, 6),
     Kind("SIGTERM", _interrupted(signal.SIGTERM), 2, 5),
     Kind("Ctrl-C", _interrupted(signal.SIGINT), 2, 5),
-    Kind("full disk", full_disk, 3, 3),
+    Kind("full disk", full_disk, 3, 3, judged=True),
     Kind("clock that jumps by hours", jumping_clock, 3, 5),
     Kind("loss that is not finite in one trial", not_finite, 4, 1, judged=True),
     Kind("two lanes racing for a stale trial", raced, 14, 1, single=True),

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import sys
 import time
@@ -25,8 +26,8 @@ import sqlalchemy.orm
 from softprompt.store import create_stores
 from tests.faults import scenarios, services, subject
 from tests.faults.children import Home, ask
-from tests.faults.comparison import Difference, compare
-from tests.faults.scenarios import KINDS, Different, Kind, Stage, Stuck
+from tests.faults.comparison import compare
+from tests.faults.scenarios import KINDS, Case, Kind, Stage, Stuck
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "faults.json"
 LEAST = 200
@@ -44,15 +45,18 @@ class Settings:
     """Part of the name of the kinds that are run; empty for all."""
     lanes: int
     """Processes that run scenarios."""
+    keep: Path | None = None
+    """Folder for the state and the log of what was not survived."""
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """`FAULTS_SEED`, `FAULTS_COUNT` and `FAULTS_ONLY`."""
+        """`FAULTS_SEED`, `FAULTS_COUNT`, `FAULTS_ONLY` and `FAULTS_KEEP`."""
         return cls(
             seed=int(os.environ.get("FAULTS_SEED", "0")),
             count=int(os.environ.get("FAULTS_COUNT", "0")),
             only=os.environ.get("FAULTS_ONLY", ""),
             lanes=max(1, min(4, os.cpu_count() or 1)),
+            keep=Path(os.environ["FAULTS_KEEP"]).absolute() if os.environ.get("FAULTS_KEEP") else None,
         )
 
 
@@ -68,6 +72,8 @@ class Row:
     """Records of the twin that are missing."""
     doubled: int = 0
     """Records that the twin has not, or not so often."""
+    failed: int = 0
+    """Sweeps that did not end as their twin did, or not in the way in which they have to."""
 
     def __add__(self, other: "Row") -> "Row":
         return Row(
@@ -76,6 +82,7 @@ class Row:
             self.survived + other.survived,
             self.lost + other.lost,
             self.doubled + other.doubled,
+            self.failed + other.failed,
         )
 
 
@@ -186,36 +193,29 @@ def _play_all(stage: Stage, settings: Settings, jobs: Sequence[Job], folder: Pat
 
 def _play(stage: Stage, settings: Settings, job: Job, folder: Path) -> Row:
     """One scenario, and the comparison after it."""
-    began = time.monotonic()
-    home = Home.make(folder, stage.template)
-    draw = random.Random(f"{settings.seed}/{job.kind.name}/{job.round}")
-    tried, difference, why = job.faults, Difference((), ()), ""
+    began, kind = time.monotonic(), job.kind
+    draw = random.Random(f"{settings.seed}/{kind.name}/{job.round}")
+    case = Case(stage, Home.make(folder, stage.template), draw, job.faults, kind.single)
+    why = ""
     try:
-        tried = job.kind.scenario(stage, home, draw, job.faults)
-    except Different as different:
-        difference = different.difference
+        with contextlib.nullcontext() if kind.judged else case.compared():
+            kind.scenario(case)
     except Stuck as stuck:
         why = str(stuck)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-    if not job.kind.judged:
-        twin = stage.twin_of_single if job.kind.single else stage.twin
-        assert twin is not None
-        try:
-            difference = compare(twin.facts, scenarios.read(home, stage.bench.experiment.name))
-        except Exception as error:
-            why = why or f"the records cannot be read: {error}"
-    good = not (difference or why)
-    row = Row(job.kind.name, tried, tried if good else 0, len(difference.lost), len(difference.doubled))
-    told = [f"{job.kind.name}, round {job.round}: {tried} faults, {'survived' if good else 'NOT survived'}"]
+    difference, good = case.difference, not (case.difference or why)
+    told = [f"{kind.name}, round {job.round}: {case.struck} faults, {'survived' if good else 'NOT survived'}"]
     told[0] += f" ({time.monotonic() - began:.0f} s)"
     told += [f"  {line}" for line in ([why] if why else []) + difference.lines()]
-    if good:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        told.append(f"  its state and log: {folder}")
+    if not good and settings.keep:
+        kept = settings.keep / folder.name
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+        told.append(f"  its state and log: {kept}")
+    shutil.rmtree(folder, ignore_errors=True)
     print("\n".join(told), flush=True)
-    return row
+    survived = case.struck if good else 0
+    return Row(kind.name, case.struck, survived, len(difference.lost), len(difference.doubled), not good)
 
 
 def _conclude(settings: Settings, rows: Sequence[Row], seconds: float) -> int:
@@ -223,7 +223,7 @@ def _conclude(settings: Settings, rows: Sequence[Row], seconds: float) -> int:
     table = {kind.name: Row(kind.name) for kind in KINDS}
     for row in rows:
         table[row.kind] += row
-    shown = [row for row in table.values() if row.tried]
+    shown = [row for row in table.values() if row.tried or row.failed]
     total = sum(shown, Row("all"))
     width = max(len(row.kind) for row in [*shown, total])
     print(f"\n{'fault':<{width}}  tried  survived  lost  doubled")
@@ -232,10 +232,12 @@ def _conclude(settings: Settings, rows: Sequence[Row], seconds: float) -> int:
     whole = not settings.only and not settings.count
     if whole:
         _write(settings, shown, total, seconds)
-    print(f"\nFAULTS_SEED={settings.seed}, {seconds:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"\nFAULTS_SEED={settings.seed}, {seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU")
+    if whole and total.tried < LEAST:
+        print(f"fewer than {LEAST} faults were injected")
     print(f"{total.tried} faults, {total.survived} survived, {total.lost} lost, {total.doubled} doubled", flush=True)
-    enough = total.tried >= LEAST or not whole
-    return 0 if enough and total.survived == total.tried and not total.lost and not total.doubled else 1
+    return int(total.failed > 0 or (whole and total.tried < LEAST))
 
 
 def _write(settings: Settings, rows: Sequence[Row], total: Row, seconds: float) -> None:

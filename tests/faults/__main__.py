@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -18,6 +19,11 @@ def main() -> int:
         tempfile.tempdir = str(MEMORY)
     import tests.conftest  # noqa: F401
 
+    session = Path(os.environ["SOFTPROMPT_HOME"]).parent
+    session.chmod(0o711)  # PostgreSQL runs as another user, in a folder below
+    (session / "tmp").mkdir()
+    tempfile.tempdir = os.environ["TMPDIR"] = str(session / "tmp")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the session's folder is removed at exit
     warnings.simplefilter("ignore")
     import pyarrow
     import tqdm
@@ -28,7 +34,7 @@ def main() -> int:
     pyarrow.set_io_thread_count(1)
     from tests.faults.suite import Settings, run
 
-    return run(Settings.from_environment(), Path(os.environ["SOFTPROMPT_HOME"]).parent / "faults")
+    return run(Settings.from_environment(), session / "faults")
 
 
 if __name__ == "__main__":

@@ -125,9 +125,14 @@ class Child:
         return json.loads(text) if text else None
 
 
+def end_with_parent(sign: int = signal.SIGKILL) -> None:
+    """Let this process be sent a signal when the one that has forked it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, sign)
+
+
 def enter(home: Home) -> None:
-    """Become a process of a home: its environment, its log, the usual signals; and none that outlives its parent."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Become a process of a home: its environment, its log, the usual signals, no life beyond its parent's."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(home.variables)

@@ -27,7 +27,7 @@ class Difference:
         """The first of each, in words."""
         told = []
         for what, facts in (("lost", self.lost), ("doubled", self.doubled)):
-            told += [f"{what}: {' · '.join(fact)}" for fact in facts[:most]]
+            told += [f"{what}: {' '.join(' · '.join(fact).split())[:160]}" for fact in facts[:most]]
             if len(facts) > most:
                 told.append(f"{what}: {len(facts) - most} more")
         return told

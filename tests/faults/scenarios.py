@@ -267,7 +267,7 @@ def _cut(case: Case, cable: services.Cable) -> None:
 def postgres_restarted(case: Case) -> None:
     """The study's PostgreSQL is stopped, or crashes, and comes back, while a sweep goes on."""
     assert case.stage.postgres is not None
-    with contextlib.closing(services.Postgres(case.stage.postgres)) as server:
+    with contextlib.closing(services.Postgres(case.home.folder / "postgres", case.stage.postgres)) as server:
         case.home.environment["SOFTPROMPT_STORAGE"] = server.url
         with case.compared():
             child = case.sweep()
@@ -285,7 +285,10 @@ def killed_on_servers(case: Case) -> None:
     """SIGKILL at random instants of a sweep whose records are in PostgreSQL and on MLflow's server."""
     assert case.stage.postgres is not None
     mlflow = services.MlflowServer(case.home, case.stage.template / "mlflow.db")
-    with contextlib.closing(mlflow), contextlib.closing(services.Postgres(case.stage.postgres)) as postgres:
+    with (
+        contextlib.closing(mlflow),
+        contextlib.closing(services.Postgres(case.home.folder / "postgres", case.stage.postgres)) as postgres,
+    ):
         case.home.environment |= {"MLFLOW_TRACKING_URI": mlflow.uri, "SOFTPROMPT_STORAGE": postgres.url}
         with case.compared():
             _interrupted(signal.SIGKILL)(case)

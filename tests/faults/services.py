@@ -7,11 +7,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from mlflow.server.constants import (
@@ -21,7 +21,7 @@ from mlflow.server.constants import (
     SERVE_ARTIFACTS_ENV_VAR,
 )
 
-from tests.faults.children import Child, Home
+from tests.faults.children import Child, Home, end_with_parent
 
 
 def free_port() -> int:
@@ -225,13 +225,17 @@ def _user() -> str:
 
 
 class Postgres:
-    """A PostgreSQL of one scenario, in a folder of its own that its user may reach."""
+    """A PostgreSQL of one scenario; it ends with the process that has started it."""
 
-    def __init__(self, programs: Path) -> None:
-        self._folder, self._programs, self._port = Path(tempfile.mkdtemp(prefix="postgres-")), programs, free_port()
-        if os.geteuid() == 0:
-            shutil.chown(self._folder, _user())
-        self._run("initdb", "-D", "data", "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8")
+    def __init__(self, folder: Path, programs: Path) -> None:
+        """An empty database, as a user that is not root, who may reach the folder."""
+        self._folder, self._programs, self._port = folder, programs, free_port()
+        self._as: dict[str, Any] = {"user": _user()} if os.geteuid() == 0 else {}
+        folder.mkdir()
+        if self._as:
+            shutil.chown(folder, _user())
+        words = ["-D", "data", "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8"]
+        subprocess.run([programs / "initdb", *words], cwd=folder, check=True, **self._as, **_QUIET)
         self.start()
 
     @property
@@ -239,30 +243,33 @@ class Postgres:
         return f"postgresql+psycopg2://postgres@127.0.0.1:{self._port}/postgres"
 
     def start(self) -> None:
-        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
-        self._run("pg_ctl", "-D", "data", "-w", "-l", "log", "-o", options, "start")
+        """Start it, and wait until it accepts connections."""
+        settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
+        self._process = subprocess.Popen(
+            [str(self._programs / "postgres"), "-D", "data", "-p", str(self._port), *(f"--{s}" for s in settings)],
+            cwd=self._folder,
+            preexec_fn=lambda: end_with_parent(signal.SIGQUIT),
+            **self._as,
+            **_QUIET,
+        )
+        ready = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self._port)]
+        deadline = time.monotonic() + 60
+        while subprocess.call(ready, **_QUIET) != 0:
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise RuntimeError("PostgreSQL does not start")
+            time.sleep(0.05)
 
     def stop(self, mode: str = "fast") -> None:
         """Stop it: `fast` breaks off what goes on, `immediate` is as if it crashed."""
-        self._run("pg_ctl", "-D", "data", "-w", "-m", mode, "stop")
+        self._process.send_signal(signal.SIGQUIT if mode == "immediate" else signal.SIGINT)
+        self._process.wait(60)
 
     def close(self) -> None:
         """End it for good."""
         self.stop("immediate")
-        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _run(self, program: str, *words: str) -> None:
-        user = _user() if os.geteuid() == 0 else None
-        subprocess.run(
-            [str(self._programs / program), *words],
-            cwd=self._folder,
-            user=user,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+
+_QUIET: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
 
 
 def stop_group(process: "subprocess.Popen[bytes]") -> None:

@@ -25,7 +25,7 @@ import sqlalchemy.orm
 
 from softprompt.store import create_stores
 from tests.faults import scenarios, services, subject
-from tests.faults.children import Home, ask
+from tests.faults.children import Home, ask, end_with_parent
 from tests.faults.comparison import compare
 from tests.faults.scenarios import KINDS, Case, Kind, Stage, Stuck
 
@@ -177,6 +177,7 @@ def _share_out(stage: Stage, settings: Settings, jobs: Sequence[Job], folder: Pa
 
 def _play_all(stage: Stage, settings: Settings, jobs: Sequence[Job], folder: Path, turns: int, results: Path) -> None:
     """The life of one of these processes; it never returns."""
+    end_with_parent()
     try:
         while number := os.read(turns, 2):
             n = int.from_bytes(number, "big")

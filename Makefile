@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv sweep ui test test-real test-gpu bench bench-records check format-check lint types directions format lock clean
+.PHONY: help .venv sweep ui test test-real test-faults test-gpu bench bench-records check format-check lint types directions format lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: $(READY) ## Run the tests (ARGS="-k name")
 
 test-real: $(READY) ## Run the default flow on the real model, with a tiny budget
 	@$(BIN)/python -m pytest -m real --timeout 900 $(ARGS)
+
+test-faults: $(READY) ## Kill, cut off and starve sweeps 200 times, and compare with undisturbed ones (FAULTS_SEED=1)
+	@$(BIN)/python -m tests.faults
 
 test-gpu: $(READY) ## Run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu --timeout 900 $(ARGS)

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from softprompt.comparison import measure_prompt
 from softprompt.data import SPLITS, PreparedData, find_prepared
 from softprompt.drift import Check, Drift, Recorded, compare_labels, compare_lengths, compare_scores
+from softprompt.earlier import best_settings, last_retuned
 from softprompt.errors import UserError
 from softprompt.exposure import OTHER_SPLITS, may_have_seen_test
-from softprompt.earlier import best_settings, last_retuned
 from softprompt.home import cache_home, owns_tracking, require_tracking, tracking_file, tracking_uri
 from softprompt.prompt import SoftPrompt
 from softprompt.registry import champion_version, load_registered

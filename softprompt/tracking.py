@@ -231,21 +231,21 @@ class Tracker:
 
     def log_retune(self, sweep: str, data: PreparedData, drift: Drift | None) -> None:
         """Mark a sweep as a retune, with the drift since the champion was made, where there is a champion."""
-        self._client.set_tag(sweep, ROLE, RETUNE)
-        self._client.set_tag(sweep, DIGEST, data.digest)
+        self.client.set_tag(sweep, ROLE, RETUNE)
+        self.client.set_tag(sweep, DIGEST, data.digest)
         if drift is not None:
-            self._client.set_tag(sweep, DRIFT, drift.verdict)
+            self.client.set_tag(sweep, DRIFT, drift.verdict)
             self.log_metrics(sweep, drift.metrics)
-            self._client.log_dict(sweep, drift.model_dump(mode="json"), "drift.json")
-            self._client.log_text(sweep, drift.describe(), "drift.md")
+            self.client.log_dict(sweep, drift.model_dump(mode="json"), "drift.json")
+            self.client.log_text(sweep, drift.describe(), "drift.md")
 
     def record_nothing_new(self, data: PreparedData, why: str, tags: Mapping[str, str]) -> str:
         """Record a retune that had nothing to do as a small run of its own: a schedule that is alive is seen to be."""
         name = time.strftime(f"{NOTHING_NEW} %m-%d %H:%M", time.gmtime())
         tags = {ROLE: RETUNE, DIGEST: data.digest, NOTE: why, REASON: why, **tags}
-        run_id: str = self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-        self._client.set_terminated(run_id)
-        self._client.set_tag(run_id, OUTCOME, NOTHING_NEW)  # last: a run without it counts as open
+        run_id = self._create(name, tags)
+        self.client.set_terminated(run_id)
+        self.client.set_tag(run_id, OUTCOME, NOTHING_NEW)  # last: a run without it counts as open
         return run_id
 
     def log_slots(self, sweep: str, choice: str) -> None:

@@ -220,7 +220,8 @@ def test_a_search_that_is_taken_up_again_is_asked_for_the_same(shared, tmp_path)
     tracker = Tracker(shared)
     parent = tracker.start_sweep("open", shared, bench.data, {})
     params = {"length": 7, "initialization": "uniform", "learning_rate": 0.2, "method": "prompt_tuning"}
-    run = tracker.start_trial(parent, study="open", number=0, name="0", params=params, data=bench.data, tags={})
+    run = tracker.start_trial(parent, study="open", number=0, name="0")
+    tracker.log_params(run, params)
     tracker.log_metrics(run, {"best_val_accuracy": 1.0})
     tracker.end(run, "finished")
     assert warm_start(bench, 1, earlier=3) == before

@@ -65,10 +65,9 @@ def _trial_facts(trial: FrozenTrial, runs: "_Runs") -> Iterator[Fact]:
     for step, value in trial.intermediate_values.items():
         yield "reported", str(step), repr(value)
     for key, value in trial.user_attrs.items():
-        if key == search.RUN_ID:
-            yield "its run", runs.label(value)
-        else:
-            yield "attribute", key, repr(value)
+        if key == "ending":
+            value = {name: part for name, part in value.items() if name != "seconds"}
+        yield "attribute", key, repr(value)
 
 
 class _Runs:

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
+import optuna
 
-from softprompt.home import tracking_uri
-from softprompt.lane import Lane, open_sweep
+from softprompt.errors import UserError
+from softprompt.lane import Lane
+from softprompt.ledger import open_ledger
 from softprompt.spec import ExperimentSpec
-from softprompt.store import create_stores
-from softprompt.tracking import OUTCOME, PARENT_RUN, Tracker
+from softprompt.storage import create_stores, study_store
+from softprompt.sweep import Sweep, begin_sweep, close_sweep, driving
 from softprompt.workbench import Workbench
 from tests.faults.children import Hook
 from tests.faults.hooks import calls, wrap
@@ -67,23 +68,28 @@ def make_experiment(folder: Path, *, trials: int = TRIALS) -> ExperimentSpec:
         "initialization": [{"kind": "normal"}, {"kind": "labels"}, {"kind": "vocabulary"}],
     }
     training = plain["training"] | {"steps": 24}
-    return tiny_experiment(folder, name="tiny-faults", search=search, training=training, budget={"trials": trials})
+    parts: dict[str, Any] = {"search": search, "training": training, "budget": {"trials": trials}}
+    parts["execution"] = {"device": "cpu", "checkpoint_seconds": 0.02}  # often, so that there is one to be lost
+    return tiny_experiment(folder, name="tiny-faults", **parts)
 
 
 def prepare(experiment: ExperimentSpec) -> Workbench:
     """The experiment with its model loaded, before any process is forked."""
     bench = Workbench(experiment)
-    _ = bench.examples, bench.passes, bench.loss, bench.labels
+    _ = bench.examples, bench.passes, bench.loss, bench.target
     return bench
 
 
 def run_sweep(bench: Workbench) -> dict[str, Any]:
-    """Begin the sweep or go on with it, until it is over; what is over is left alone."""
+    """Begin the sweep, go on with it, or help whoever drives it, until it is over; what is over is left alone."""
     create_stores()
     if not _is_over(bench.experiment):
-        sweep = open_sweep(bench.experiment, bench.data, {})
-        Lane(bench, sweep).run()
-        Tracker(bench.experiment).end(sweep.run_id, "finished")
+        try:
+            _drive(bench)
+        except UserError as error:
+            if "is at work already" not in str(error):
+                raise
+            _help(bench)
     backbone = bench.backbone
     return {
         "same weights": backbone.weights_in_memory_sha256() == backbone.weights_sha256,
@@ -92,11 +98,20 @@ def run_sweep(bench: Workbench) -> dict[str, Any]:
     }
 
 
+def _drive(bench: Workbench) -> None:
+    sweep = begin_sweep(bench, {})
+    with driving(sweep):
+        Lane(bench, sweep).run()
+        close_sweep(bench.experiment, sweep)
+
+
+def _help(bench: Workbench) -> None:
+    for row in open_ledger().open_sweeps(bench.experiment.name):
+        Lane(bench, Sweep(name=row.name, run_id=row.run_id)).run()
+
+
 def _is_over(experiment: ExperimentSpec) -> bool:
-    client = MlflowClient(tracking_uri())
-    place = client.get_experiment_by_name(experiment.name)
-    runs = client.search_runs([place.experiment_id]) if place else []
-    return any(PARENT_RUN not in r.data.tags and r.data.tags.get(OUTCOME) == "finished" for r in runs)
+    return bool(optuna.get_all_study_names(study_store())) and not open_ledger().open_sweeps(experiment.name)
 
 
 def not_finite_in(number: int) -> Hook:

@@ -23,7 +23,7 @@ from typing import Any
 
 import sqlalchemy.orm
 
-from softprompt.store import create_stores
+from softprompt.storage import create_stores
 from tests.faults import scenarios, services, subject
 from tests.faults.children import Home, ask, end_with_parent
 from tests.faults.comparison import compare

@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 from softprompt import search
 from softprompt.data import prepare
 from softprompt.home import cache_home, state_home, study_storage, tracking_uri
-from softprompt.lane import Lane, Sweep, open_sweep
+from softprompt.lane import Lane
 from softprompt.spec import ExperimentSpec
+from softprompt.sweep import begin_sweep, close_sweep
 from softprompt.tracking import PARENT_RUN, TRIAL, Tracker
 from softprompt.workbench import Workbench
 from tests.faults.comparison import Difference, Fact, compare
@@ -52,9 +53,9 @@ class Swept:
 
     def __init__(self, experiment: ExperimentSpec) -> None:
         bench = Workbench(experiment, prepare(experiment, cache_home()))
-        self.sweep: Sweep = open_sweep(experiment, bench.data, {})
+        self.sweep = begin_sweep(bench, {})
         Lane(bench, self.sweep).run()
-        Tracker(experiment).end(self.sweep.run_id, "finished")
+        close_sweep(experiment, self.sweep)
         self.experiment, self.client = experiment, MlflowClient(tracking_uri())
         self.mark()
 

@@ -110,11 +110,15 @@ def persist(call: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
 
 def is_transient(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a fault of the database that passes by itself."""
-    while error is not None:
-        if isinstance(error, DBAPIError):
-            return _passes(error)
-        error = error.__cause__
-    return False
+    fault = _fault_behind(error)
+    return fault is not None and _passes(fault)
+
+
+def _fault_behind(error: BaseException | None) -> DBAPIError | None:
+    """What the driver said first: Optuna wraps it, and may go on with the broken transaction before it gives up."""
+    while error is not None and not isinstance(error, DBAPIError):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error
 
 
 def _passes(error: DBAPIError) -> bool:
@@ -134,10 +138,9 @@ def _passes(error: DBAPIError) -> bool:
 
 def describe_fault(error: BaseException | None) -> str:
     """The driver's own words, in one line, without secrets."""
-    while error is not None and not isinstance(error, DBAPIError) and error.__cause__ is not None:
-        error = error.__cause__
-    fault = error.orig if isinstance(error, DBAPIError) else error
-    return without_secrets(str(fault).strip().partition("\n")[0])
+    fault = _fault_behind(error)
+    words = str(fault.orig if fault else error)
+    return without_secrets(words.strip().partition("\n")[0])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import optuna
 from mlflow import MlflowClient
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb.models import TrialModel
 from optuna.study import StudyDirection
@@ -141,7 +141,7 @@ def create_stores() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         persist(lambda: _open(study_storage()), _FIRST_SECONDS)
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, StorageInternalError) as error:
         if not is_transient(error):
             raise
         raise UserError(

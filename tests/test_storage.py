@@ -12,6 +12,7 @@ from inspect import getsource
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -20,7 +21,7 @@ from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage, _CachedStorage
 from optuna.trial import TrialState
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, text
 
 from softprompt.errors import UserError
 from softprompt.ledger import Ledger
@@ -172,6 +173,28 @@ def test_a_study_goes_on_where_its_database_restarts():
         assert len(told) == len(done)
         assert {(len(t.intermediate_values), t.user_attrs["run_id"], len(t.params)) for t in told} == {(5, "run", 1)}
         assert {t.state for t in study.trials} <= {TrialState.COMPLETE, TrialState.RUNNING}
+
+
+def test_a_connection_that_breaks_within_a_call_costs_nothing():
+    """Between two queries of one transaction, with which Optuna then tries to go on."""
+    with postgres() as server:
+        store, other = study_store(server.url), create_engine(server.url)
+        study = optuna.create_study(study_name="movies", storage=store, sampler=RandomSampler())
+        study.tell(study.ask(), 0.5)
+        breaks = []
+
+        def terminate(connection: object, cursor: Any, statement: str, *rest: object) -> None:
+            if "FROM trial_values" in statement and not breaks:
+                breaks.append(statement)
+                with other.begin() as admin:
+                    admin.execute(
+                        text("SELECT pg_terminate_backend(:pid)"), {"pid": cursor.connection.info.backend_pid}
+                    )
+
+        event.listen(store.engine, "before_cursor_execute", terminate)
+        assert [trial.value for trial in store.get_all_trials(study._study_id)] == [0.5]
+        assert breaks
+        other.dispose()
 
 
 def test_a_change_whose_answer_is_lost_is_made_once():

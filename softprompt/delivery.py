@@ -7,7 +7,6 @@ again. Nothing is spooled here: what is not delivered when the process ends is s
 """
 
 import contextvars
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +16,13 @@ from pathlib import Path
 from threading import Condition, Event, Thread
 from typing import Any, TypeVar
 
-import requests
 from mlflow.entities import Metric, Run
-from mlflow.exceptions import MlflowException
 
 from softprompt.checkpoint import Ending
 from softprompt.data import PreparedData
-from softprompt.errors import UserError
 from softprompt.history import VAL, Entry
-from softprompt.home import tracking_server, without_secrets
+from softprompt.home import tracking_server
+from softprompt.outage import DOUBTS, cause, is_bad_request, is_refusal, place, short
 from softprompt.progress import watcher
 from softprompt.tracking import (
     BEST_VAL,
@@ -43,16 +40,6 @@ _BATCH = 1000
 """Metrics of one request: the most that MLflow takes."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two tries while MLflow is away."""
-_DOUBTS = 5
-"""Tries of what MLflow calls a bad request: it says so as well where its database lost the connection."""
-_MLFLOW = {
-    # By itself it would try for minutes, and say nothing. One retry at once is for a connection gone stale.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    # At the end of every run, with user and password if the address has them.
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-"""How MLflow behaves in this process, where the user has not said otherwise."""
 
 T = TypeVar("T")
 
@@ -119,8 +106,6 @@ class Delivery:
         data: PreparedData,
         on_delivered: Callable[[TrialReport], None] = lambda report: None,
     ) -> None:
-        for name, value in _MLFLOW.items():
-            os.environ.setdefault(name, value)
         self._tracker, self._sweep, self._data, self._on_delivered = tracker, sweep, data, on_delivered
         self._records: dict[int, _Record] = {}
         self._waiting: dict[int, TrialReport] = {}
@@ -187,8 +172,8 @@ class Delivery:
             except _Stopped:
                 return
             except Exception as error:
-                if isinstance(error, _Refused) or _is_refusal(error):
-                    self._tell_once(f"trial {report.number} is not recorded in MLflow: {_short(error)}")
+                if isinstance(error, _Refused) or is_refusal(error):
+                    self._tell_once(f"trial {report.number} is not recorded in MLflow: {short(error)}")
                     self._leave(report)
                     continue
                 self._note_failure(report, error)
@@ -212,7 +197,7 @@ class Delivery:
         if self._failing:
             self._failing.discard(report.number)
             if not self._failing:
-                watcher().stage(f"{_place()} is back; what was not recorded has been delivered")
+                watcher().stage(f"{place()} is back; what was not recorded has been delivered")
         with self._changed:
             if self._waiting.get(report.number) is report:
                 del self._waiting[report.number]
@@ -220,8 +205,8 @@ class Delivery:
 
     def _note_failure(self, report: TrialReport, error: Exception) -> None:
         if not self._failing:
-            why = _short(_cause(error))
-            watcher().stage(f"{_place()} is away; training goes on, and the records follow when it is back ({why})")
+            why = short(cause(error))
+            watcher().stage(f"{place()} is away; training goes on, and the records follow when it is back ({why})")
         self._failing.add(report.number)
         with self._changed:  # the others first: maybe it is this one alone
             self._waiting[report.number] = self._waiting.pop(report.number)
@@ -258,7 +243,7 @@ class Delivery:
         try:
             self._on_delivered(report)
         except Exception as error:  # of its listener: nothing that another delivery would mend
-            self._tell_once(f"after trial {report.number} was recorded: {type(error).__name__}: {_short(error)}")
+            self._tell_once(f"after trial {report.number} was recorded: {type(error).__name__}: {short(error)}")
 
     def _open(self, report: TrialReport) -> tuple[_Record, Run]:
         """The run of a trial as it is now: known, found, or created."""
@@ -388,10 +373,10 @@ class Delivery:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if _is_bad_request(error):
+            if is_bad_request(error):
                 self._doubts[self._at] += 1
-            if _is_refusal(error) or (_is_bad_request(error) and self._doubts[self._at] >= _DOUBTS):
-                raise _Refused(_short(error)) from error
+            if is_refusal(error) or (is_bad_request(error) and self._doubts[self._at] >= DOUBTS):
+                raise _Refused(short(error)) from error
             raise
 
 
@@ -399,39 +384,6 @@ def _first_validation(report: TrialReport) -> list[Entry]:
     known = (entry for entry in islice(report.history, report.length) if entry.key.startswith(VAL))
     first = next(known, None)
     return [] if first is None else [first, *(entry for entry in known if entry.step == first.step)]
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether it is of no use to ask again. What a person can mend meanwhile, as a password, is no refusal."""
-    if isinstance(error, MlflowException):
-        codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED")
-        return error.error_code in codes
-    if isinstance(error, requests.HTTPError) and error.response is not None:  # artifacts
-        return error.response.status_code in (400, 404, 405, 411, 413, 414, 415, 422, 501)
-    if isinstance(error, requests.RequestException):
-        return False
-    return isinstance(error, UserError | TypeError | ValueError | LookupError | AttributeError | NotImplementedError)
-
-
-def _is_bad_request(error: Exception) -> bool:
-    return isinstance(error, MlflowException) and error.error_code == "BAD_REQUEST"
-
-
-def _short(error: BaseException) -> str:
-    """An error in a few words, without credentials."""
-    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:299]}…"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What an error comes from at last: what MLflow says of a broken connection fills lines."""
-    inner = error.__cause__ or error.__context__
-    return error if inner is None else _cause(inner)
-
-
-def _place() -> str:
-    server = tracking_server()
-    return "the tracking store" if server is None else f"the tracking server {server}"
 
 
 def _now() -> int:

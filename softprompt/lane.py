@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from statistics import fmean
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from softprompt import search
@@ -112,9 +113,14 @@ class Lane:
         self._collect()
         if stop.requested:
             return False
-        self._refill()
-        if self._running:
-            self._step()
+        try:
+            self._refill()
+            if self._running:
+                self._step()
+                return True
+        except UpdateFinishedTrialError:
+            if not self._drop_lost():
+                raise
             return True
         if not (self._undelivered or self._elsewhere()):
             return False
@@ -309,6 +315,10 @@ class Lane:
         watcher().stage(f"{running.tuning.title}: another lane has taken it up meanwhile")
         return False
 
+    def _drop_lost(self) -> bool:
+        """Whether a trial was lost: this lane stood still, and another one has ended the trial meanwhile."""
+        return [running for running in list(self._running) if not self._still_held(running)] != []
+
     def _end(self, running: _Running, outcome: Outcome, reason: str = "") -> None:
         """The end of a trial in a slot."""
         if not self._save(running):
@@ -322,17 +332,18 @@ class Lane:
             steps=tuning.slot.steps_done,
             seconds=round(tuning.seconds, 1),
         )
-        self._running.remove(running)
-        self._ended_steps.append(tuning.slot.steps_done)
         ending = running.checkpoints.close(ending, tuning.prompt() if best else None)
-        self._finish(running.trial, running.checkpoints, ending, tuning)
+        self._finish(running.trial, running.checkpoints, ending, running)
 
     def _finish(
-        self, trial: optuna.Trial, checkpoints: Checkpoints, ending: Ending, tuning: Tuning | None = None
+        self, trial: optuna.Trial, checkpoints: Checkpoints, ending: Ending, running: _Running | None = None
     ) -> None:
         """The one place where a trial ends for others, once its end is on disk: study, then tracker."""
         tell(self._study, trial, ending)
-        self._deliver_end(trial.number, checkpoints, ending, tuning)
+        if running is not None:
+            self._running.remove(running)
+            self._ended_steps.append(ending.steps)
+        self._deliver_end(trial.number, checkpoints, ending, running.tuning if running else None)
         self._trials = search.counted(self._study)
         record = record_of(self._frozen(trial.number))
         watcher().end(record.title, describe_end(record, self._objective), self._progress())
@@ -351,7 +362,7 @@ class Lane:
             TrialReport(
                 number=number,
                 name=str(frozen.user_attrs[search.TITLE]).removeprefix("trial "),
-                params=search.params_of(frozen, self._experiment.search),
+                params=tuning.params if tuning else search.params_of(frozen, self._experiment.search),
                 history=history,
                 length=len(history),
                 ending=ending,

@@ -252,8 +252,14 @@ class Ledger:
         self._write(update(_sweeps).where(_sweeps.c.name == name).values(run_id=run_id))
 
     def end_sweep(self, name: str) -> None:
-        """Close a sweep: it is not gone on with any more."""
-        self._write(update(_sweeps).where(_sweeps.c.name == name).values(ended=True))
+        """Close a sweep: it is not gone on with any more, and nobody holds anything of it."""
+
+        def end() -> None:
+            with self._engine.begin() as connection:
+                connection.execute(update(_sweeps).where(_sweeps.c.name == name).values(ended=True))
+                connection.execute(delete(_leases).where(_leases.c.sweep == name))
+
+        persist(end)
 
     def spend(self, name: str, seconds: float) -> None:
         """Record how many seconds of its budget a sweep has spent; of what was ever said, the most counts."""

@@ -29,8 +29,9 @@ from softprompt.drift import Drift
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics, describe_table
 from softprompt.figures import draw_systems
-from softprompt.history import TRAIN_LOSS, VAL, Outcome
+from softprompt.history import Outcome
 from softprompt.home import artifact_root, owns_tracking, tracking_uri, without_secrets
+from softprompt.outage import calm_mlflow, insisting
 from softprompt.spec import ExperimentSpec
 
 PARENT_RUN = "mlflow.parentRunId"
@@ -91,6 +92,7 @@ class Tracker:
     """Writes the records of one experiment."""
 
     def __init__(self, experiment: ExperimentSpec) -> None:
+        calm_mlflow()
         self.client = MlflowClient(tracking_uri=tracking_uri())
         self.objective = experiment.labels.objective
         self._name = experiment.name
@@ -100,19 +102,25 @@ class Tracker:
         """The experiment in MLflow, made where it is not there yet; UserError where somebody has deleted it."""
         return _experiment_id(self.client, self._name)
 
+    @insisting
     def start_sweep(self, study: str, experiment: ExperimentSpec, data: PreparedData, tags: Mapping[str, str]) -> str:
         """The parent run of a study, with everything that is known before the first trial; returns its id."""
         tags = {STUDY: study, FINGERPRINT: experiment.fingerprint, **_owner(), **tags}
-        found = self._search(f"{_tagged(STUDY, study)} and tags.`{TRIAL}` IS NULL")
-        # Short enough for the column of MLflow's list; the experiment's name stands above it.
-        name = time.strftime("sweep %m-%d %H:%M", time.gmtime())
-        run_id = found[0].info.run_id if found else self._create(name, tags)
+        asked = f"{_tagged(STUDY, study)} and tags.`{TRIAL}` IS NULL"
+        if not self._search(asked):
+            # Short enough for the column of MLflow's list; the experiment's name stands above it.
+            self._create(time.strftime("sweep %m-%d %H:%M", time.gmtime()), tags)
+        run, *twins = sorted(self._search(asked), key=lambda run: (run.info.start_time, run.info.run_id))
+        for twin in twins:  # a server that is slow to answer may have been asked twice to create it
+            self.client.delete_run(twin.info.run_id)
+        run_id = str(run.info.run_id)
         self.log_params(run_id, _sweep_params(experiment, data))
         self.log_inputs(run_id, data, data.sizes)
         self.client.log_dict(run_id, experiment.model_dump(mode="json"), "experiment.yaml")
         self.client.log_dict(run_id, data.as_json(), "data.json")
         return run_id
 
+    @insisting
     def reopen_sweep(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set a sweep that was interrupted to running; it belongs to this process and carries these tags from now."""
         reopen_run(self.client, run_id)
@@ -180,21 +188,11 @@ class Tracker:
         there = self.client.get_run(run_id).data.metrics
         self.log_metrics(run_id, {k: v for k, v in metrics.items() if there.get(k) != v})
 
-    def log_validation(self, run_id: str, metrics: Metrics, *, step: int) -> None:
-        """Record a prompt's metrics on the validation split."""
-        self.log_metrics(run_id, _named(VAL, metrics), step=step)
-
-    def log_losses(self, run_id: str, losses: list[float], *, first_step: int) -> None:
-        """Log the training losses of consecutive steps."""
-        now = _now()
-        metrics = [Metric(TRAIN_LOSS, loss, now, first_step + n) for n, loss in enumerate(losses)]
-        for start in range(0, len(metrics), 1000):  # the most that one request may carry
-            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
-
     def log_folder(self, run_id: str, folder: Path, name: str) -> None:
         """Store a folder's files under a name."""
         self.client.log_artifacts(run_id, str(folder), name)
 
+    @insisting
     def log_evaluation(self, run_id: str, systems: Mapping[str, Metrics]) -> None:
         """Record the systems on the test split, the one in question last: metrics, a table and a figure."""
         self._log_once(run_id, _test_metrics(list(systems.values())[-1]))
@@ -208,6 +206,7 @@ class Tracker:
         self.client.log_figure(run_id, draw_systems(systems), "evaluation.png")
         self.client.set_tag(run_id, NOTE, describe_table(dict(systems)))
 
+    @insisting
     def log_winner(self, run_id: str, metrics: Metrics) -> None:
         """Mark a trial as the winner of its sweep, with its metrics on the test split."""
         self._log_once(run_id, _test_metrics(metrics))
@@ -229,13 +228,14 @@ class Tracker:
         self.log_evaluation(run_id, systems)
         self.end(run_id, "finished")
 
+    @insisting
     def log_retune(self, sweep: str, data: PreparedData, drift: Drift | None) -> None:
         """Mark a sweep as a retune, with the drift since the champion was made, where there is a champion."""
         self.client.set_tag(sweep, ROLE, RETUNE)
         self.client.set_tag(sweep, DIGEST, data.digest)
         if drift is not None:
             self.client.set_tag(sweep, DRIFT, drift.verdict)
-            self.log_metrics(sweep, drift.metrics)
+            self._log_once(sweep, drift.metrics)
             self.client.log_dict(sweep, drift.model_dump(mode="json"), "drift.json")
             self.client.log_text(sweep, drift.describe(), "drift.md")
 
@@ -248,18 +248,22 @@ class Tracker:
         self.client.set_tag(run_id, OUTCOME, NOTHING_NEW)  # last: a run without it counts as open
         return run_id
 
+    @insisting
     def log_slots(self, sweep: str, choice: str) -> None:
         """Record on the sweep how many trials a lane trains side by side, and why."""
         self.client.set_tag(sweep, SLOTS, choice)
 
+    @insisting
     def log_decision(self, sweep: str, version: int, *, promoted: bool, reason: str) -> None:
         """Record on the sweep what became of its winner."""
         self.client.set_tag(sweep, DECISION, f"v{version} {'promoted' if promoted else 'kept back'}: {reason}")
 
+    @insisting
     def end(self, run_id: str, outcome: Outcome, reason: str = "") -> None:
         """Close a run. Pruned and interrupted ones are KILLED, failed ones FAILED; the tags say which, and why."""
         end_run(self.client, run_id, outcome, reason)
 
+    @insisting
     def fetch_prompt(self, run_id: str, target: Path) -> Path:
         """Copy a run's prompt folder to the target folder; returns where it is."""
         target.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Metrics of predictions, with intervals; which predictions to make, and what follows, is decided elsewhere."""
 
+import html
 import math
+import re
 from collections.abc import Sequence
 from typing import ClassVar, TypeAlias
 
@@ -153,10 +155,14 @@ def measure_targets(
 
 
 def describe_table(systems: dict[str, Metrics]) -> str:
-    """The systems as a Markdown table, in their order; a name may hold the table's own sign."""
+    """The systems as a Markdown table, in their order."""
     columns = list(next(iter(systems.values())).cells)
     lines = [f"| system | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name, m in systems.items():
-        name = name.replace("|", r"\|")
-        lines.append(f"| {name} | {' | '.join(m.cells.values())} |")
+        lines.append(f"| {as_markdown(name)} | {' | '.join(m.cells.values())} |")
     return "\n".join(lines)
+
+
+def as_markdown(text: str) -> str:
+    """A text of a user's as it reads, on one line: nothing in it is taken for Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from softprompt import search
 from softprompt.data import PreparedData
-from softprompt.home import state_home, study_storage
+from softprompt.home import state_home, study_storage, without_secrets
 from softprompt.objective import Objective
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
@@ -119,7 +119,8 @@ class Lane:
         except BaseException as error:
             for running in list(self._running):
                 with contextlib.suppress(BaseException):  # what ends one trial must not leave the next one open
-                    self._end(running, "interrupted", f"{type(error).__name__}: {error}".rstrip(": "))
+                    reason = without_secrets(f"{type(error).__name__}: {error}".rstrip(": "))
+                    self._end(running, "interrupted", reason)
             raise
 
     def _refill(self) -> bool:

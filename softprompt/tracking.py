@@ -165,7 +165,7 @@ class Tracker:
 def end_run(client: MlflowClient, run_id: str, outcome: Outcome, reason: str) -> None:
     """Close a run with its outcome."""
     if reason:
-        client.set_tag(run_id, REASON, reason)
+        client.set_tag(run_id, REASON, without_secrets(reason))
     client.set_terminated(run_id, _STATUS[outcome])
     client.set_tag(run_id, OUTCOME, outcome)  # last: a run without it counts as open
 
@@ -211,7 +211,7 @@ def _dataset_input(data: PreparedData, split: str) -> DatasetInput:
         digest=data.digest[:8],
         source_type="local",
         source=json.dumps({"uri": str(data.path / f"{split}.parquet")}),
-        profile=json.dumps({"rows": data.sizes[split], "sha256": data.digest, **data.labels[split]}),
+        profile=json.dumps({"rows": data.sizes[split], "sha256": data.digest, "labels": data.labels[split]}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", split)])
 

@@ -102,8 +102,7 @@ def _check_database(url: str, variable: str) -> None:
         make_url(url)
     except (ArgumentError, ValueError):
         raise UserError(
-            f"{variable}: is no URL of a database, found {without_secrets(url)}; write it as "
-            "postgresql://user:password@host:port/name"
+            f"{variable}: is no URL of a database; write it as postgresql://user:password@host:port/name"
         ) from None
 
 

@@ -132,26 +132,17 @@ def broken_server() -> Iterator[str]:
     ("variable", "value", "told"),
     [
         ("SOFTPROMPT_STORAGE", "postgresql+psycopg2://tester:wrong-{SECRET}@{database}", "password authentication"),
-        ("SOFTPROMPT_STORAGE", "postgresql://tester:{SECRET}@127.0.0.1:no-port/x", "SOFTPROMPT_STORAGE: is no URL"),
-        ("MLFLOW_TRACKING_URI", "http://somebody:{SECRET}@127.0.0.1:{closed}", "does not answer"),
         ("MLFLOW_TRACKING_URI", "http://somebody:{SECRET}@{broken}", "500"),
         ("MLFLOW_TRACKING_URI", "http://somebody:wrong-{SECRET}@{mlflow}", "401" if ASKS else ""),
-        ("MLFLOW_TRACKING_URI", "http://token-{SECRET}@{mlflow}", "a user without a password"),
-        ("MLFLOW_TRACKING_URI", "postgresql://tester:{SECRET}@127.0.0.1:no-port/x", "MLFLOW_TRACKING_URI: is no URL"),
         ("SOFTPROMPT_UI_AUTH", "somebody:wrong-pages-{SECRET}", "asks for a password" if ASKS else ""),
     ],
 )
 def test_what_goes_wrong_is_told_and_kept_without_the_password(world: World, variable: str, value: str, told: str):
     if not told:
         pytest.skip("the extra `auth` is not installed")
+    database = world.database.url.rpartition("@")[2]
     with broken_server() as broken:
-        value = value.format(
-            SECRET=SECRET,
-            database=world.database.url.rpartition("@")[2],
-            mlflow=world.mlflow,
-            broken=broken,
-            closed=free_ports(1)[0],
-        )
+        value = value.format(SECRET=SECRET, database=database, mlflow=world.mlflow, broken=broken)
         ended = world.sweep(**{variable: value, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
     assert ended.returncode in (1, 2)
     logs = world.folder / "home" / "logs"

@@ -58,10 +58,11 @@ class Access:
 
     def mlflow(self, port: int) -> tuple[tuple[str, ...], dict[str, str]]:
         """Arguments and environment of `mlflow server`, which is to run inside `mlflow_users`."""
-        environment = {
-            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name}:{port}" for name in self._names),
-            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": self._origins(port),
-        }
+        # Any port: a tunnel may end at another one.
+        hosts = ",".join(f"{name},{name}:*" for name in self._names)
+        environment = _unless_set(
+            {"MLFLOW_SERVER_ALLOWED_HOSTS": hosts, "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": self._origins(port)}
+        )
         if self.auth is None:
             return (), environment
         user, _, password = self.auth.partition(":")
@@ -75,13 +76,17 @@ class Access:
     def prefect(self, port: int) -> dict[str, str]:
         """Environment of `prefect server start`."""
         environment = {
-            # Without these, the pages it serves would look for its API on port 4200.
             "PREFECT_SERVER_API_HOST": self.host,
             "PREFECT_SERVER_API_PORT": str(port),
-            "PREFECT_UI_API_URL": f"http://{self.shown}:{port}/api",
-            # By default, a page of any site may call the API from a browser that reaches it.
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self._origins(port),
-            "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+            **_unless_set(
+                {
+                    # By default, the pages it serves would look for its API on port 4200.
+                    "PREFECT_UI_API_URL": f"http://{self.shown}:{port}/api",
+                    # By default, a page of any site may call the API from a browser that reaches it.
+                    "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self._origins(port),
+                    "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+                }
+            ),
         }
         return environment | ({"PREFECT_SERVER_API_AUTH_STRING": self.auth} if self.auth else {})
 
@@ -142,6 +147,11 @@ def mlflow_users() -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unless_set(settings: dict[str, str]) -> dict[str, str]:
+    """What the user has set wins, as a proxy before the pages has another name."""
+    return {name: os.environ.get(name) or value for name, value in settings.items()}
 
 
 def _users() -> Path:

@@ -138,6 +138,7 @@ def test_a_foreign_page_in_a_browser_of_this_machine_gets_nothing_from_mlflow(se
     assert ask(search, AUTH, body, Host="evil.example") == 403
     assert ask(search, AUTH, body, Origin="http://evil.example") == 403
     assert ask(search, AUTH, body, Origin=served.mlflow) == 200
+    assert ask(search, AUTH, body, Host="localhost:9999") == 200  # a tunnel
 
 
 @needs_wtf

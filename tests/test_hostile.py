@@ -49,12 +49,13 @@ CLIMBS = ["..", "../x", "x/../../y", "/etc/passwd", "x//y", "./x", "x/.", "", "x
 @pytest.mark.parametrize("key", ["package", "hub", "hub model", "package model"])
 def test_a_name_that_leads_out_is_refused(path: str, key: str) -> None:
     pin = {"package": "carrier==1.0", "sha256": "0" * 64}
-    kind, tree = {
+    cases: dict[str, tuple[Any, dict[str, str]]] = {
         "package": (DataSpec, {"kind": "package", **pin, "file": path, "format": "csv"}),
         "hub": (DataSpec, {"kind": "hub", "id": "a/b", "revision": path}),
         "hub model": (ModelSpec, {"kind": "hub", "id": "a/b", "revision": path}),
         "package model": (ModelSpec, {"kind": "package", **pin, "file": path}),
-    }[key]
+    }
+    kind, tree = cases[key]
     with pytest.raises(ValidationError, match="plain path inside"):
         TypeAdapter(kind).validate_python(tree)
 

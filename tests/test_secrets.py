@@ -25,6 +25,8 @@ from tests.postgres import Postgres, postgres
 from tests.test_ui import free_ports, read_until
 from tests.tiny import tiny_experiment
 
+pytestmark = pytest.mark.timeout(600)  # seconds: three servers start, and each flow imports everything anew
+
 COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
 SECRET = "planted"
 """Part of every password here."""
@@ -49,7 +51,7 @@ class World:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=170,
+            timeout=500,
         )
 
     def sweep(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -15,6 +15,9 @@ from sklearn.metrics import f1_score, log_loss
 from softprompt.inference import Scores
 from softprompt.objective import ACCURACY, TOKEN_LOSS, Objective
 
+_MARKUP = re.compile(r"[\\`*\[\]|~#!]|(?<![^\W_])_+|_+(?![^\W_])")
+"""Signs that Markdown may take for its own; an underscore within a word is none."""
+
 
 class LabelMetrics(BaseModel):
     """How well N rows were classified."""
@@ -165,4 +168,5 @@ def describe_table(systems: dict[str, Metrics]) -> str:
 
 def as_markdown(text: str) -> str:
     """A text of a user's as it reads, on one line: nothing in it is taken for Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    line = html.escape(" ".join(text.split()), quote=False)
+    return _MARKUP.sub(lambda found: "".join(f"\\{sign}" for sign in found[0]), line)

@@ -84,14 +84,14 @@ TORCH := 2.13.0
 lock: ## Resolve the ranges of pyproject.toml anew into requirements.lock
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -qq 'pip>=25'
-	@.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json '.[dev,postgres]' torch==$(TORCH)
+	@.venv-lock/bin/python -m pip install -qq --dry-run --ignore-installed --report .venv-lock/report.json '.[dev,postgres,auth]' torch==$(TORCH)
 	@.venv-lock/bin/python -c "$$WRITE_LOCK" < .venv-lock/report.json > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 	@rm -rf .venv-lock
 
 define WRITE_LOCK
 import json, re, sys
-print("# Exact versions of everything softprompt and its tests run on (extras dev and postgres included).")
+print("# Exact versions of everything softprompt and its tests run on (extras dev, postgres and auth included).")
 print("# Written by `make lock` from the ranges in pyproject.toml; do not edit by hand.")
 print("# For Python 3.11 and newer on Linux. No CUDA packages: torch names its own where its build needs them.")
 found = {p["metadata"]["name"].lower(): p["metadata"]["version"] for p in json.load(sys.stdin)["install"]}

@@ -205,16 +205,22 @@ def device(
 
 @app.command()
 def ui(
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where MLflow and Prefect listen; beyond loopback with a password.")
+    ] = "127.0.0.1",
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow pages.")] = 5000,
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect pages.")] = 4200,
     optuna_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Optuna dashboard.")] = 8080,
 ) -> None:
-    """Serve the MLflow, Prefect and Optuna pages over the local state, on loopback."""
+    """Serve the MLflow, Prefect and Optuna pages over the local state, on loopback unless --host says otherwise.
+
+    Where SOFTPROMPT_UI_AUTH=user:password is set in the environment, MLflow and Prefect ask for both.
+    """
     with _one_sentence():
         _begin()
         from flows.ui import serve_pages
 
-        serve_pages(mlflow_port=mlflow_port, prefect_port=prefect_port, optuna_port=optuna_port)
+        serve_pages(host=host, mlflow_port=mlflow_port, prefect_port=prefect_port, optuna_port=optuna_port)
 
 
 def main() -> None:
@@ -373,5 +379,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"softprompt: {message}", err=True)
+    typer.echo(f"softprompt: {without_secrets(message)}", err=True)
     raise typer.Exit(code)

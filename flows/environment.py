@@ -8,10 +8,13 @@ sweep can be watched. A server that the user has configured, by environment or b
 import os
 import tomllib
 import urllib.request
+from base64 import b64encode
 from pathlib import Path
+from urllib.error import HTTPError
 
 import psutil
 
+from flows.access import AUTH, ui_auth
 from softprompt.errors import UserError
 from softprompt.home import state_home
 
@@ -40,7 +43,7 @@ def prepare_environment(*, state: bool = True) -> None:
     Args:
         state: whether a flow may run; without, nothing is written and no Prefect server is looked for.
 
-    Raises UserError where Prefect's profiles cannot be read.
+    Raises UserError where Prefect's profiles cannot be read, or where `softprompt ui` asks for another password.
     """
     for name, value in (QUIET | _COMMAND_LINE).items():
         os.environ.setdefault(name, value)
@@ -50,7 +53,25 @@ def prepare_environment(*, state: bool = True) -> None:
         Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
         served = served_api()
         if served:
-            os.environ["PREFECT_API_URL"] = served
+            _use(served)
+
+
+def _use(served: str) -> None:
+    """Let Prefect report to the server that `softprompt ui` serves, with the password that both have been given."""
+    auth = ui_auth()
+    if auth:
+        os.environ["PREFECT_API_AUTH_STRING"] = auth
+    token = {"Authorization": f"Basic {b64encode(auth.encode()).decode()}"} if auth else {}
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{served}/admin/version", headers=token), timeout=10).close()
+    except HTTPError as error:
+        if error.code != 401:
+            raise
+        raise UserError(
+            f"{AUTH}: `softprompt ui` serves this state at {served} and asks for a password; set it to what it was "
+            "started with"
+        ) from None
+    os.environ["PREFECT_API_URL"] = served
 
 
 def configured_server() -> bool:

@@ -1,7 +1,7 @@
-"""MLflow, Prefect and the Optuna dashboard over one state, served on loopback by one command.
+"""MLflow, Prefect and the Optuna dashboard over one state, served by one command.
 
 Each is a process of its own, in its own process group, so that all of it ends with us. Nothing here listens beyond this
-machine, and a server that the user has configured is named, not started a second time.
+machine unless it is told to, and a server that the user has configured is named, not started a second time.
 """
 
 import os
@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from flows.access import AUTH, LOOPBACK, Access, mlflow_users, open_access
 from flows.environment import configured_server, prepare_environment, served_api, served_note
 from softprompt.errors import UserError
 from softprompt.home import artifact_root, state_home, study_storage, tracking_server, tracking_uri, without_secrets
 
-HOST = "127.0.0.1"
 _DASHBOARD = (
     "import os, sys; from optuna_dashboard import run_server; "
     "run_server(os.environ['SOFTPROMPT_STORAGE'], host=sys.argv[1], port=int(sys.argv[2]))"
 )
 """Its own command takes the storage, which may hold a password, as an argument only."""
+_HERE = Access(LOOPBACK, None)
 _START_SECONDS = 180
 _STOP_SECONDS = 4
 
@@ -44,10 +45,17 @@ class _Page:
     arguments: tuple[str, ...]
     """What follows `python`; nothing secret, as everyone on the machine can read it."""
     environment: dict[str, str] = field(default_factory=dict)
+    access: Access = _HERE
 
     @property
     def address(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        """For a person's browser."""
+        return f"http://{self.access.shown}:{self.port}"
+
+    @property
+    def near(self) -> str:
+        """For a process of this machine."""
+        return f"http://{self.access.near}:{self.port}"
 
     @property
     def log(self) -> Path:
@@ -55,27 +63,31 @@ class _Page:
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(self.address + self.health, timeout=5) as answer:
+            with urllib.request.urlopen(self.near + self.health, timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
 
 
-def serve_pages(*, mlflow_port: int = 5000, prefect_port: int = 4200, optuna_port: int = 8080) -> None:
+def serve_pages(
+    *, host: str = LOOPBACK, mlflow_port: int = 5000, prefect_port: int = 4200, optuna_port: int = 8080
+) -> None:
     """Serve the pages until Ctrl-C, SIGTERM or SIGHUP.
 
     Args:
+        host: IPv4 address for MLflow and Prefect; what is not loopback needs SOFTPROMPT_UI_AUTH in the environment.
         mlflow_port: port of MLflow; nothing is started where `MLFLOW_TRACKING_URI` names a server.
         prefect_port: port of Prefect; nothing is started where a Prefect server is configured.
         optuna_port: port of the Optuna dashboard.
 
-    Raises UserError, before anything is started, where a port is taken or the state is served already, and
-    SystemExit(1) where a server does not start or ends by itself.
+    Raises UserError, before anything is started, where a port is taken, the state is served already or others could
+    come in unasked, and SystemExit(1) where a server does not start or ends by itself.
     """
+    access = open_access(host)
     served = served_api()
     if served:
         raise UserError(f"this state is served already, with Prefect on {served}; stop the other `softprompt ui` first")
-    pages = _pages(mlflow_port, prefect_port, optuna_port)
+    pages = _pages(access, mlflow_port, prefect_port, optuna_port)
     _require_free(pages)
     prepare_environment()
     from softprompt.storage import create_stores  # imports MLflow, which reads the environment
@@ -91,12 +103,13 @@ def _serve(pages: list[_Page], stack: ExitStack) -> None:
         for name, address in _addresses_elsewhere().items():
             _say(f"{name:<17} {address} (your own server)")
         _say(f"starting {', '.join(page.name for page in pages)}")
+        stack.enter_context(mlflow_users())
         running = [(page, stack.enter_context(_process(page))) for page in pages]
         stack.callback(_ask_to_end, [process for _, process in running])
         _await_answers(running)
         for page, process in running:
             if page.name == "Prefect":
-                stack.enter_context(_note(f"{page.address}/api", process.pid))
+                stack.enter_context(_note(f"{page.near}/api", process.pid))
         _say("Ctrl-C stops them")
         while True:
             _check_alive(running)
@@ -105,9 +118,10 @@ def _serve(pages: list[_Page], stack: ExitStack) -> None:
         _say("stopping")
 
 
-def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]:
+def _pages(access: Access, mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]:
     """The servers to start: those that the user has not got."""
     elsewhere = _addresses_elsewhere()
+    asking, safe = access.mlflow(mlflow_port)
     every = [
         _Page(
             "MLflow",
@@ -115,13 +129,15 @@ def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]
             mlflow_port,
             "--mlflow-port",
             "/health",
-            ("-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"),
+            ("-m", "mlflow", "server", "--host", access.host, "--port", str(mlflow_port), "--workers", "1", *asking),
             {
                 "MLFLOW_BACKEND_STORE_URI": tracking_uri(),
                 "MLFLOW_ARTIFACTS_DESTINATION": artifact_root().as_uri(),
                 # The job runner is for agents and traces: eight processes that we never use.
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                **safe,
             },
+            access,
         ),
         _Page(
             "Prefect",
@@ -129,17 +145,17 @@ def _pages(mlflow_port: int, prefect_port: int, optuna_port: int) -> list[_Page]
             prefect_port,
             "--prefect-port",
             "/api/health",
-            ("-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)),
-            # Without these, the pages it serves would look for its API on port 4200.
-            {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(prefect_port)},
+            ("-m", "prefect", "server", "start", "--host", access.host, "--port", str(prefect_port)),
+            access.prefect(prefect_port),
+            access,
         ),
         _Page(
             "Optuna dashboard",
-            "the search",
+            "the search" if access == _HERE else f"the search; it asks for no password, so it stays on {LOOPBACK}",
             optuna_port,
             "--optuna-port",
             "/",
-            ("-c", _DASHBOARD, HOST, str(optuna_port)),
+            ("-c", _DASHBOARD, LOOPBACK, str(optuna_port)),
             {"SOFTPROMPT_STORAGE": study_storage()},
         ),
     ]
@@ -171,11 +187,11 @@ def _require_free(pages: list[_Page]) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((HOST, page.port))
+                probe.bind((page.access.host, page.port))
             except OSError as error:
                 raise UserError(
-                    f"port {page.port} for {page.name} cannot be used ({error.strerror}); "
-                    f"give another one with {page.option}"
+                    f"port {page.port} for {page.name} cannot be used on {page.access.host} ({error.strerror}); "
+                    f"give another one with {page.option}, or another --host"
                 ) from None
 
 
@@ -184,8 +200,8 @@ def _process(page: _Page) -> Iterator[subprocess.Popen[bytes]]:
     """A server and all that it starts, ended together when the block ends."""
     page.log.parent.mkdir(parents=True, exist_ok=True)
     # Its log is the only place where a server can say why it ended.
-    quiet = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "MLFLOW_LOGGING_LEVEL", "PREFECT_API_URL")
-    environment = {k: v for k, v in os.environ.items() if k not in quiet} | page.environment
+    dropped = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "MLFLOW_LOGGING_LEVEL", "PREFECT_API_URL", AUTH)
+    environment = {k: v for k, v in os.environ.items() if k not in dropped} | page.environment
     with page.log.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *page.arguments],
@@ -243,7 +259,8 @@ def _check_alive(running: list[tuple[_Page, subprocess.Popen[bytes]]]) -> None:
 
 def _fail(page: _Page, what: str) -> None:
     lines = page.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    print(f"{page.name} {what}; the end of {page.log}:", *lines[-10:], sep="\n  ", file=sys.stderr, flush=True)
+    told = "\n  ".join([f"{page.name} {what}; the end of {page.log}:", *lines[-10:]])
+    print(without_secrets(told), file=sys.stderr, flush=True)
     raise SystemExit(1)
 
 

@@ -282,6 +282,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"{folder}: holds no {single.name}, nor its index; give a folder that save_pretrained wrote")
     shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    for name in shards:
+        if Path(name).name != name:
+            raise ValueError(f"{index.name} names {name!r}, and a file of weights lies beside it")
     return [folder / name for name in sorted(set(shards))]
 
 

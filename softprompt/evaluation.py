@@ -1,6 +1,8 @@
 """Metrics of predictions, with intervals; which predictions to make, and what follows, is decided elsewhere."""
 
+import html
 import math
+import re
 from collections.abc import Sequence
 from typing import ClassVar, TypeAlias
 
@@ -12,6 +14,9 @@ from sklearn.metrics import f1_score, log_loss
 
 from softprompt.inference import Scores
 from softprompt.objective import ACCURACY, TOKEN_LOSS, Objective
+
+_MARKUP = re.compile(r"[\\`*\[\]|~#!]|(?<![^\W_])_+|_+(?![^\W_])")
+"""Signs that Markdown may take for its own; an underscore within a word is none."""
 
 
 class LabelMetrics(BaseModel):
@@ -153,10 +158,15 @@ def measure_targets(
 
 
 def describe_table(systems: dict[str, Metrics]) -> str:
-    """The systems as a Markdown table, in their order; a name may hold the table's own sign."""
+    """The systems as a Markdown table, in their order."""
     columns = list(next(iter(systems.values())).cells)
     lines = [f"| system | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name, m in systems.items():
-        name = name.replace("|", r"\|")
-        lines.append(f"| {name} | {' | '.join(m.cells.values())} |")
+        lines.append(f"| {as_markdown(name)} | {' | '.join(m.cells.values())} |")
     return "\n".join(lines)
+
+
+def as_markdown(text: str) -> str:
+    """A text of a user's as it reads, on one line: nothing in it is taken for Markdown or HTML."""
+    line = html.escape(" ".join(text.split()), quote=False)
+    return _MARKUP.sub(lambda found: "".join(f"\\{sign}" for sign in found[0]), line)

@@ -13,10 +13,22 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from softprompt.errors import UserError
 
 _SECRET = re.compile(r"(?<=://)[^\s/:@]*(?::\S*)?(?=@)|(?<=password=)[^\s&]*")
+_SERVER = ("http://", "https://")
+_CREDENTIALS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "PREFECT_API_AUTH_STRING",
+    "PREFECT_API_KEY",
+    "SOFTPROMPT_UI_AUTH",
+)
+"""Variables whose value, or what stands behind its colon, is shown to nobody."""
 _PROBE_SECONDS = 10
 
 
@@ -32,8 +44,31 @@ def cache_home() -> Path:
 
 
 def tracking_uri() -> str:
-    """The user's `MLFLOW_TRACKING_URI`, else a SQLite file in the state folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{tracking_file()}"
+    """The user's `MLFLOW_TRACKING_URI`, else a SQLite file in the state folder.
+
+    User and password of a server's address go into the variables that MLflow has for them, and out of the address:
+    MLflow repeats it in its errors, and those reach logs and records. UserError where a database's address is none.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{tracking_file()}"
+    if not uri.startswith(_SERVER):
+        if "://" in uri:
+            _check_database(uri, "MLFLOW_TRACKING_URI")
+        return uri
+    whole = urlsplit(uri)
+    user, at, place = whole.netloc.rpartition("@")
+    if not at:
+        return uri
+    name, _, password = user.partition(":")
+    if not password:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: {without_secrets(uri)} holds a user without a password, and MLflow needs both; "
+            "write http://user:password@host, or set MLFLOW_TRACKING_TOKEN and leave it out of the address"
+        )
+    os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(name), unquote(password)
+    os.environ["MLFLOW_TRACKING_URI"] = urlunsplit(whole._replace(netloc=place))
+    return os.environ["MLFLOW_TRACKING_URI"]
 
 
 def tracking_file() -> Path:
@@ -52,8 +87,28 @@ def checkpoint_home() -> Path:
 
 
 def study_storage() -> str:
-    """The user's `SOFTPROMPT_STORAGE` (of SQLite or PostgreSQL), else a SQLite file in the state folder."""
-    return os.environ.get("SOFTPROMPT_STORAGE") or f"sqlite:///{state_home() / 'optuna.db'}"
+    """The user's `SOFTPROMPT_STORAGE` (of SQLite or PostgreSQL), else a SQLite file in the state folder.
+
+    UserError where it is no URL of a database.
+    """
+    url = os.environ.get("SOFTPROMPT_STORAGE")
+    if not url:
+        return f"sqlite:///{state_home() / 'optuna.db'}"
+    _check_database(url, "SOFTPROMPT_STORAGE")
+    return url
+
+
+def _check_database(url: str, variable: str) -> None:
+    """Before a library is given it: their errors repeat the whole of what they cannot read."""
+    from sqlalchemy.engine import make_url  # slow, and of no use to those who have set nothing
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(url)
+    except (ArgumentError, ValueError):
+        raise UserError(
+            f"{variable}: is no URL of a database; write it as postgresql://user:password@host:port/name"
+        ) from None
 
 
 def require_writable(folder: Path, variable: str) -> None:
@@ -72,16 +127,26 @@ def require_writable(folder: Path, variable: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """A text as it may be shown: of the URIs in it, user and password are masked."""
+    """A text as it may be shown: user and password of the URIs in it are masked, and the environment's credentials."""
+    for secret in _secrets():
+        text = text.replace(secret, "***")
     return _SECRET.sub("***", text)
+
+
+def _secrets() -> set[str]:
+    """The credentials of the environment, which may stand in a text outside of any URI."""
+    values = [os.environ.get(name, "") for name in _CREDENTIALS]
+    found = {part for value in values for part in (value, value.rpartition(":")[2])}
+    for name in ("MLFLOW_TRACKING_URI", "SOFTPROMPT_STORAGE"):
+        with suppress(ValueError):
+            found.add(urlsplit(os.environ.get(name, "")).password or "")
+    return {secret for secret in found if len(secret) >= 6}  # a shorter one would be part of many a word
 
 
 def tracking_server() -> str | None:
     """The address of the user's tracking server, without user and password; None where a database is tracked to."""
     uri = tracking_uri()
-    if not uri.startswith(("http://", "https://")):
-        return None
-    return without_secrets(uri).replace("***@", "").rstrip("/")
+    return uri.rstrip("/") if uri.startswith(_SERVER) else None
 
 
 def require_tracking() -> None:

@@ -22,7 +22,7 @@ from softprompt.checkpoint import Checkpoints, Ending, identity_of
 from softprompt.delivery import Delivery, TrialReport
 from softprompt.errors import UserError
 from softprompt.history import Outcome
-from softprompt.home import checkpoint_home, tracking_server
+from softprompt.home import checkpoint_home, tracking_server, without_secrets
 from softprompt.ledger import open_ledger
 from softprompt.progress import SearchProgress, watcher
 from softprompt.sizing import choose_slots
@@ -424,5 +424,5 @@ def _subject(number: int | str) -> str:
 
 def _told(error: Exception) -> str:
     """An error in a line."""
-    text = " ".join(str(error).split())[:500]
+    text = without_secrets(" ".join(str(error).split()))[:500]
     return text if isinstance(error, UserError | FloatingPointError) else f"{type(error).__name__}: {text}"

@@ -8,6 +8,7 @@ No pickle is written or read.
 import hashlib
 import json
 import shutil
+import stat
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -49,6 +50,8 @@ _FIELDS: dict[str, type] = {
     "provenance": dict,
 }
 """What `softprompt.json` holds."""
+_MOST_TOKENS = 32_768
+"""As in an experiment; more would only keep whoever uses the prompt waiting."""
 _CHOICES = {"precision": PRECISIONS, "position": ("start", "after_bos")}
 _DIMENSIONS = {"prompt_tuning": 2, "prefix_tuning": 5}
 """Of the tensor, by method."""
@@ -171,19 +174,23 @@ class SoftPrompt:
         tensors = folder / "adapter_model.safetensors"
         try:
             for name, largest in _LARGEST.items():
-                if (size := (folder / name).stat().st_size) > largest:
+                found = (folder / name).lstat()
+                if not stat.S_ISREG(found.st_mode):  # a link leads elsewhere, a pipe or a device never ends
+                    raise UserError(f"{folder}: {name} is no regular file; put the file itself there")
+                if (size := found.st_size) > largest:
                     raise UserError(f"{folder}: {name} has {size} bytes, and {largest} are the most; fetch it again")
-            manifest = json.loads((folder / "softprompt.json").read_text(encoding="utf-8"))
+            text = (folder / "softprompt.json").read_text(encoding="utf-8")
+            manifest = json.loads(text, object_pairs_hook=_once)
             json.dumps(manifest, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-            found = file_sha256(tensors)
+            written = file_sha256(tensors)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: is no soft prompt, {Path(error.filename).name} is missing in it") from None
         except (ValueError, OSError, RecursionError) as error:
             raise UserError(f"{folder}: softprompt.json cannot be read: {error}") from None
         _check_manifest(manifest, folder)
-        if manifest["vectors_sha256"] != found:
+        if manifest["vectors_sha256"] != written:
             raise UserError(
-                f"{tensors}: is damaged, sha256 {manifest['vectors_sha256']} was written and {found} is found; "
+                f"{tensors}: is damaged, sha256 {manifest['vectors_sha256']} was written and {written} is found; "
                 "fetch the prompt again"
             )
         known = {name: manifest[name] for name in _FIELDS if name in cls.__dataclass_fields__}
@@ -255,6 +262,13 @@ def _check_place(folder: Path) -> None:
         raise UserError(f"{folder}: holds files and is no soft prompt, so it is not replaced; give another folder")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a key stands in it twice, as readers differ in which one they take."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
 def _check_manifest(manifest: Any, folder: Path) -> None:
     if not isinstance(manifest, dict):
         raise UserError(f"{folder}: softprompt.json must hold an object, found {type(manifest).__name__}")
@@ -266,6 +280,8 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
         _require(type(manifest[key]) is kind, folder, key, f"be {kind.__name__}", manifest[key])
     _check_shape(manifest["method"], manifest["shape"], folder)
     _require(manifest["max_tokens"] > 0, folder, "max_tokens", "be positive", manifest["max_tokens"])
+    for key in ("max_tokens", "max_new_tokens"):
+        _require(manifest[key] <= _MOST_TOKENS, folder, key, f"be at most {_MOST_TOKENS}", manifest[key])
     words, most = manifest["words"], manifest["max_new_tokens"]
     _require(all(type(word) is str for word in words.values()), folder, "words", "map labels to text", words)
     _require(most == 0 if words else most > 0, folder, "max_new_tokens", "be 0 beside words, else positive", most)

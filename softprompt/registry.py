@@ -19,10 +19,13 @@ from pydantic import BaseModel, ConfigDict
 from softprompt.errors import UserError
 from softprompt.evaluation import Metrics
 from softprompt.home import tracking_uri, without_secrets
+from softprompt.packages import file_sha256
 from softprompt.prompt import SoftPrompt
-from softprompt.tracking import DECISION, REASON, TEST
+from softprompt.tracking import DECISION, PROMPT, REASON, TEST
 
 CHAMPION = "champion"
+PROMPT_SHA256 = "softprompt.prompt_sha256"
+"""Hash of a version's `softprompt.json`, which holds that of the vectors: the files may lie where others can write."""
 
 
 class Decision(BaseModel):
@@ -68,13 +71,20 @@ def champions() -> list[str]:
 def load_registered(name: str, alias_or_version: str = CHAMPION) -> SoftPrompt:
     """The prompt of a registered model, by alias or by version number.
 
-    Raises UserError where there is no such model or version.
+    Raises UserError where there is no such model or version, or where its files are not those that were registered.
     """
-    separator = "/" if alias_or_version.isdigit() else "@"
-    uri = f"models:/{name}{separator}{alias_or_version}"
+    client = MlflowClient(tracking_uri())
+    numbered = alias_or_version.isdecimal()
+    uri = f"models:/{name}{'/' if numbered else '@'}{alias_or_version}"
     with tempfile.TemporaryDirectory() as folder, _fluent():
         try:
-            found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+            if numbered:
+                version = client.get_model_version(name, alias_or_version)
+            else:
+                version = client.get_model_version_by_alias(name, alias_or_version)
+            found = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"models:/{name}/{version.version}", dst_path=folder
+            )
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
@@ -82,7 +92,12 @@ def load_registered(name: str, alias_or_version: str = CHAMPION) -> SoftPrompt:
                 f"{uri}: no such registered prompt in {without_secrets(tracking_uri())}; run a sweep first, or set "
                 "MLFLOW_TRACKING_URI"
             ) from None
-        return SoftPrompt.load(Path(found) / "artifacts" / "prompt")
+        prompt = SoftPrompt.load(Path(found) / "artifacts" / PROMPT)
+        if file_sha256(Path(found) / "artifacts" / PROMPT / "softprompt.json") != version.tags.get(PROMPT_SHA256):
+            raise UserError(
+                f"{uri}: its files in the artifact store are not those that were registered; register the prompt anew"
+            )
+        return prompt
 
 
 def register(name: str, run_id: str, prompt_folder: Path, metrics: Metrics) -> int:
@@ -90,16 +105,21 @@ def register(name: str, run_id: str, prompt_folder: Path, metrics: Metrics) -> i
 
     A run has one version: asked again, as by a retry, the one that is there is returned.
     """
-    found = MlflowClient(tracking_uri()).search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    if found:
-        return int(found[0].version)
+    client = MlflowClient(tracking_uri())
+    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = int(found[0].version) if found else _log(name, run_id, prompt_folder, metrics)
+    client.set_model_version_tag(name, str(version), PROMPT_SHA256, file_sha256(prompt_folder / "softprompt.json"))
+    return version
+
+
+def _log(name: str, run_id: str, prompt_folder: Path, metrics: Metrics) -> int:
     code = "serving.py" if SoftPrompt.load(prompt_folder).words else "serving_text.py"
     # MLflow prints what it does to the error output, and has no switch for it.
     with redirect_stderr(StringIO()), _fluent(), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(Path(__file__).with_name(code)),
-            artifacts={"prompt": str(prompt_folder)},
+            artifacts={PROMPT: str(prompt_folder)},
             pip_requirements=[f"{n}=={installed(n)}" for n in ("softprompt", "mlflow")],
             registered_model_name=name,
         )

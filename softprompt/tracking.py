@@ -308,7 +308,7 @@ class Tracker:
 def end_run(client: MlflowClient, run_id: str, outcome: Outcome, reason: str, end_ms: int | None = None) -> None:
     """Close a run with its outcome, now or at a time in milliseconds since 1970."""
     if reason:
-        client.set_tag(run_id, REASON, reason)
+        client.set_tag(run_id, REASON, without_secrets(reason))
     else:
         _remove_tag(client, run_id, REASON)  # of an interruption
     client.set_terminated(run_id, STATUS[outcome], end_ms)
@@ -385,7 +385,7 @@ def _dataset_input(data: PreparedData, split: str) -> DatasetInput:
         digest=data.digest[:8],
         source_type="local",
         source=json.dumps({"uri": str(data.path / f"{split}.parquet")}),
-        profile=json.dumps({"rows": data.sizes[split], "sha256": data.digest, **data.labels[split]}),
+        profile=json.dumps({"rows": data.sizes[split], "sha256": data.digest, "labels": data.labels[split]}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", split)])
 

@@ -11,6 +11,7 @@ from prefect.artifacts import create_table_artifact
 
 from softprompt.data import PreparedData, data_key, load_prepared, prepare
 from softprompt.errors import UserError
+from softprompt.evaluation import as_markdown
 from softprompt.home import cache_home
 from softprompt.progress import watcher
 from softprompt.spec import ExperimentSpec, fingerprint
@@ -51,8 +52,8 @@ def _prepare_data(experiment: ExperimentSpec) -> str:
     data = prepare(experiment, cache_home())
     create_table_artifact(
         key="data",
-        table=[{"split": split, "rows": rows, **data.labels[split]} for split, rows in data.sizes.items()],
-        description=f"{data.source}\n\nDigest `{data.digest}`. Left out: {_left_out(data) or 'nothing'}.",
+        table=[_row(split, data) for split in data.sizes],
+        description=f"{as_markdown(data.source)}\n\nDigest `{data.digest}`. Left out: {_left_out(data) or 'nothing'}.",
     )
     return str(data.path)
 
@@ -63,6 +64,12 @@ def describe_data(folder: str) -> str:
     sizes = ", ".join(f"{rows:,} {split}" for split, rows in data.sizes.items())
     left_out = _left_out(data)
     return f"data ready: {sizes} rows" + (f"; left out: {left_out}" if left_out else "")
+
+
+def _row(split: str, data: PreparedData) -> dict[str, str | int]:
+    """A split in the table of the page; a label may be called as another column is, or be written in HTML."""
+    labels = {f"of {as_markdown(label)}": rows for label, rows in data.labels[split].items()}
+    return {"split": split, "rows": data.sizes[split], **labels}
 
 
 def _left_out(data: PreparedData) -> str:

@@ -7,6 +7,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from softprompt import registry, retention
+from softprompt.evaluation import as_markdown
 from softprompt.progress import watcher
 from softprompt.registry import Decision
 from softprompt.spec import ExperimentSpec
@@ -34,7 +35,7 @@ def register_prompt(experiment: ExperimentSpec, sweep: Sweep, evaluation: Evalua
     )
     create_markdown_artifact(
         key="decision",
-        markdown=f"**{decision.name} v{decision.version} {decision.verdict}**: {decision.reason}.",
+        markdown=f"**{decision.name} v{decision.version} {decision.verdict}**: {as_markdown(decision.reason)}.",
         description="Whether the winner takes the alias `champion`",
     )
     tracker.log_decision(sweep.run_id, decision.version, promoted=decision.promoted, reason=decision.reason)

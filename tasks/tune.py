@@ -11,6 +11,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 
 from softprompt.closing import close_abandoned_runs
 from softprompt.data import load_prepared
+from softprompt.evaluation import as_markdown
 from softprompt.home import require_tracking
 from softprompt.lane import Lane
 from softprompt.objective import Objective
@@ -100,10 +101,10 @@ def _place(record: TrialRecord, objective: Objective) -> tuple[float, int]:
 
 def _row(record: TrialRecord, objective: Objective) -> dict[str, str | int | float]:
     return {
-        "trial": record.title,
+        "trial": as_markdown(record.title),
         "outcome": record.outcome,
         f"validation {objective.name}": "" if record.score is None else objective.show(record.score),
         "steps": record.steps,
         "seconds": record.seconds,
-        "reason": record.reason,
+        "reason": as_markdown(record.reason),
     }

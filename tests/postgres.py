@@ -19,12 +19,16 @@ _ACCOUNTS = ("postgres", "nobody")
 class PostgresServer:
     """A server in a folder of its own, on the loopback interface."""
 
-    def __init__(self, programs: Path, folder: Path, user: dict[str, Any]) -> None:
+    def __init__(self, programs: Path, folder: Path, user: dict[str, Any], password: str) -> None:
         self._programs, self._folder, self._user = programs, folder, user
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port: int = probe.getsockname()[1]
-        self.url = f"postgresql://tester@127.0.0.1:{self.port}/postgres"
-        self._run("initdb", "--pgdata", str(folder / "data"), "--username", "tester", "--auth", "trust", "--no-sync")
+        self.url = f"postgresql://tester{f':{password}' if password else ''}@127.0.0.1:{self.port}/postgres"
+        secret = folder / "password"
+        secret.write_text(password)
+        secret.chmod(0o644)
+        access = ("--auth", "scram-sha-256", "--pwfile", str(secret)) if password else ("--auth", "trust")
+        self._run("initdb", "--pgdata", str(folder / "data"), "--username", "tester", "--no-sync", *access)
 
     def start(self) -> None:
         """Start, and wait until connections are taken."""
@@ -39,6 +43,10 @@ class PostgresServer:
         """Stop and start at once."""
         self.stop(mode)
         self.start()
+
+    def dump(self) -> bytes:
+        """All that is in it, as SQL."""
+        return subprocess.run([self._programs / "pg_dump", self.url], check=True, capture_output=True).stdout
 
     @property
     def running(self) -> bool:
@@ -59,8 +67,8 @@ class PostgresServer:
 
 
 @contextmanager
-def postgres() -> Iterator[PostgresServer]:
-    """A server that runs; the test is skipped where there is none to be had."""
+def postgres(password: str = "") -> Iterator[PostgresServer]:
+    """A server that runs, with a password or without; the test is skipped where there is none to be had."""
     programs = _programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
@@ -73,7 +81,7 @@ def postgres() -> Iterator[PostgresServer]:
         user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
         os.chown(folder, account.pw_uid, account.pw_gid)
     try:
-        server = PostgresServer(programs, folder, user)
+        server = PostgresServer(programs, folder, user, password)
         server.start()
         try:
             yield server

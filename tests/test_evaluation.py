@@ -126,7 +126,10 @@ def test_the_table_is_markdown_in_the_order_of_the_systems():
 
 
 def test_a_name_cannot_break_the_table():
-    assert describe_table({"a|b": measure([0], [0])}).splitlines()[2].startswith(r"| a\|b | 100.0%")
+    hostile = "a|b\n| <script>alert(1)</script> [x](javascript:y) `*_"
+    row = describe_table({hostile: measure([0], [0])}).splitlines()[2]
+    shown = r"| a\|b \| &lt;script&gt;alert(1)&lt;/script&gt; \[x\](javascript:y) \`\*\_ | 100.0%"
+    assert row.startswith(shown)
 
 
 def test_the_table_of_texts_has_their_own_columns():

@@ -1,12 +1,13 @@
 """Where the records go: what is shown of it, and whether it answers."""
 
+import os
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.home import require_tracking, tracking_server, without_secrets
+from softprompt.home import require_tracking, study_storage, tracking_server, tracking_uri, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,37 @@ def test_any_answer_is_one(status: int, monkeypatch):
 def test_a_database_is_not_asked(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@nowhere.example/x")
     require_tracking()
+
+
+def test_user_and_password_of_a_server_are_taken_out_of_its_address(monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "another")  # put back after the test
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss:word@mlflow.example:5000/at?x=y")
+    assert tracking_uri() == os.environ["MLFLOW_TRACKING_URI"] == "https://mlflow.example:5000/at?x=y"
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me"
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "p@ss:word"
+    assert without_secrets("refused p@ss:word") == "refused ***"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MLFLOW_TRACKING_URI", "http://secret-token@mlflow.example"),
+        ("MLFLOW_TRACKING_URI", "postgresql://me:secret-word@db.example:port/x"),
+        ("SOFTPROMPT_STORAGE", "postgresql://me:secret-word@db.example:port/x"),
+        ("SOFTPROMPT_STORAGE", "secret-word@db"),
+    ],
+)
+def test_an_address_that_no_library_can_read_is_told_without_its_password(variable: str, value: str, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=rf"^{variable}: ") as told:
+        tracking_uri() if variable == "MLFLOW_TRACKING_URI" else study_storage()
+    assert "secret" not in str(told.value)
+
+
+def test_a_credential_is_masked_wherever_it_stands(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    monkeypatch.setenv("SOFTPROMPT_STORAGE", "postgresql://me:in-the-url@db.example/x")
+    monkeypatch.setenv("SOFTPROMPT_UI_AUTH", "me:of-the-pages")
+    text = "token hf_abcdefgh, word 'in-the-url' and of-the-pages"
+    assert without_secrets(text) == "token ***, word '***' and ***"

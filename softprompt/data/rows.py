@@ -83,7 +83,9 @@ def format_of(path: Path) -> Format:
 
 
 def require_readable(path: Path) -> None:
-    """UserError unless the file exists, can be read and holds something."""
+    """UserError unless it is a file that can be read and holds something: a pipe would wait, a device never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: cannot be read (it is no regular file); correct the path in the experiment's data")
     try:
         with path.open("rb") as file:
             empty = not file.read(1)

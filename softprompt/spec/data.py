@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from softprompt.objective import ACCURACY, TOKEN_LOSS, Objective
-from softprompt.spec.base import PackagePin, Sha256, Spec
+from softprompt.spec.base import HubId, InnerPath, PackagePin, Sha256, Spec
 
 
 class PackageData(Spec):
@@ -19,7 +19,7 @@ class PackageData(Spec):
     """Name and exact version, as in `vaderSentiment==3.3.2`."""
     sha256: Sha256
     """SHA-256 of the package file; checked at every use."""
-    file: str
+    file: InnerPath
     """Path inside the package; `outer.tar.gz!inner.txt` reaches into an archive within it."""
     format: Literal["csv", "tsv", "jsonl", "parquet"]
     """How the file is written."""
@@ -57,11 +57,11 @@ class HubData(Spec):
     """A dataset of the Hugging Face hub."""
 
     kind: Literal["hub"] = "hub"
-    id: str
+    id: HubId
     """Dataset id, as in `stanfordnlp/sst2`."""
-    config: str | None = None
+    config: InnerPath | None = None
     """Configuration of the dataset, where it has several."""
-    revision: str
+    revision: InnerPath
     """Commit hash or tag."""
     train: str = "train"
     """The hub's name of the training split."""

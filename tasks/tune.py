@@ -1,4 +1,4 @@
-"""The study, and the lane that trains its trials.
+"""The study, and the lanes that train its trials.
 
 A model that cannot be had or used is refused before there is a study or a run: nothing is left of a mistake.
 """
@@ -19,6 +19,7 @@ from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
+from tasks.lanes import run_lanes, share_devices
 from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
 
@@ -51,15 +52,17 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
 # Not retried: a lane cannot be resumed yet, and a new one would spend the budget anew and lose the earlier records.
 @task(retries=0, log_prints=True)
 def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[TrialRecord]:
-    """Train trials of the study on this machine's device until the budget is spent."""
-    bench = Workbench(experiment, load_prepared(Path(data)))
+    """Train trials of the study on this machine's devices until the budget is spent."""
     records: list[TrialRecord] = []
 
     def record(trial: TrialRecord) -> None:
         records.append(trial)
         _show_end(trial, experiment.labels.objective)
 
-    Lane(bench, sweep, on_end=record).run()
+    if len(share_devices(experiment.execution)) > 1:
+        run_lanes(experiment, Path(data), sweep, on_end=record)
+    else:
+        Lane(Workbench(experiment, load_prepared(Path(data))), sweep, on_end=record).run()
     return records
 
 

@@ -79,6 +79,24 @@ def sweep(
 
 
 @app.command()
+def lane(
+    experiment: Experiment,
+    overrides: Overrides = None,
+    sweep: Annotated[str | None, typer.Option(help="Name of the sweep; needed where several are open.")] = None,
+) -> None:
+    """Train trials of a sweep that is running, as one more lane of it, until there is nothing left to train."""
+    with _one_sentence():
+        spec = _read(experiment, overrides)
+        _begin(f"lane of {spec.name}")
+        from flows.lane import tune_lane
+        from flows.terminal import shown
+
+        with shown():
+            trials = tune_lane(spec, sweep)
+        typer.echo(f"nothing left to train; this lane has ended {len(trials)} trials")
+
+
+@app.command()
 def tune(
     experiment: Experiment,
     overrides: Overrides = None,

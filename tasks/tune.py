@@ -19,6 +19,7 @@ from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
+from tasks.joining import identity_tags
 from tasks.lanes import run_lanes, share_devices
 from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
@@ -39,7 +40,8 @@ def open_study(experiment: ExperimentSpec, data: str) -> Sweep:
     create_stores()
     close_earlier_try()
     close_abandoned_runs()
-    sweep = open_sweep(experiment, bench.data, flow_tags())
+    tags = identity_tags(experiment, digest=bench.data.digest, weights=bench.backbone.weights_sha256)
+    sweep = open_sweep(experiment, bench.data, tags | flow_tags())
     create_link_artifact(
         key="mlflow-run",
         link=run_link(Tracker(experiment).experiment_id, sweep.run_id),

@@ -20,7 +20,7 @@ from softprompt import search
 from softprompt.data import prepare
 from softprompt.errors import UserError
 from softprompt.home import cache_home, state_home, study_storage, tracking_uri
-from softprompt.lane import Sweep, TrialRecord, open_sweep
+from softprompt.lane import TrialRecord, open_sweep
 from softprompt.progress import Lines, watched_by
 from softprompt.spec import ExecutionSpec, ExperimentSpec, LocalModel
 from softprompt.store import create_stores
@@ -56,11 +56,11 @@ class Opened:
         self.records: list[TrialRecord] = []
         self.said: list[str] = []
 
-    def run(self, experiment: ExperimentSpec | None = None, on_end: Callable[[TrialRecord], None] | None = None) -> None:
+    def run(
+        self, experiment: ExperimentSpec | None = None, on_end: Callable[[TrialRecord], None] | None = None
+    ) -> None:
         with watched_by(Lines(self.said.append)):
-            run_lanes(
-                experiment or self.experiment, self.data.path, self.sweep, on_end=on_end or self.records.append
-            )
+            run_lanes(experiment or self.experiment, self.data.path, self.sweep, on_end=on_end or self.records.append)
 
     @property
     def study(self) -> optuna.Study:
@@ -108,7 +108,9 @@ def test_lanes_train_no_more_than_the_budget(tmp_path: Path):
     assert len(opened.records) == len(opened.states) == 3
 
 
-@pytest.mark.xfail(strict=False, reason="the trial of a killed lane stays RUNNING until lanes adopt what lost its lease")
+@pytest.mark.xfail(
+    strict=False, reason="the trial of a killed lane stays RUNNING until lanes adopt what lost its lease"
+)
 def test_a_killed_lane_is_told_of_and_the_others_do_its_trial(tmp_path: Path):
     opened = Opened(tmp_path, trials=5)
 

@@ -17,6 +17,9 @@ TREE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding
 DEPLOYMENTS = {deployment["name"]: deployment for deployment in TREE["deployments"]}
 
 
+SWEEPS = {name: deployment for name, deployment in DEPLOYMENTS.items() if name != "tune-lane"}
+
+
 def _schema() -> dict[str, Any]:
     from prefect.utilities.callables import parameter_schema
 
@@ -34,8 +37,8 @@ def test_form_is_filled_with_the_default_experiment():
     )
 
 
-def test_both_are_deployed_with_the_same_experiment():
-    assert set(DEPLOYMENTS) == {"sweep", "nightly-sweep"}
+def test_all_are_deployed_with_the_same_experiment():
+    assert set(DEPLOYMENTS) == {"sweep", "nightly-sweep", "tune-lane"}
     for deployment in DEPLOYMENTS.values():
         assert deployment["parameters"] == {"experiment": TREE["definitions"]["experiment"]}
 
@@ -54,10 +57,16 @@ def test_deployment_has_no_unknown_key(deployment: dict[str, Any]):
     DeploymentConfig.model_validate(deployment)
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+@pytest.mark.parametrize("deployment", SWEEPS.values(), ids=SWEEPS)
 def test_one_run_at_a_time_on_our_pool(deployment: dict[str, Any]):
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
     assert deployment["work_pool"]["name"] == "softprompt"
+
+
+def test_lanes_do_not_wait_for_the_sweep_that_they_join():
+    lane = DEPLOYMENTS["tune-lane"]
+    assert "concurrency_limit" not in lane
+    assert lane["work_pool"] == TREE["definitions"]["work_pool"] | {"name": "softprompt-lanes"}
 
 
 def test_nightly_sweep_runs_at_two():
@@ -72,7 +81,8 @@ def test_worker_runs_as_quietly_as_the_command_line():
 @pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
 def test_entrypoint_is_the_flow(deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    assert load_flow_from_entrypoint(deployment["entrypoint"]).name == "sweep"
+    named = deployment["name"] if deployment["name"] == "tune-lane" else "sweep"
+    assert load_flow_from_entrypoint(deployment["entrypoint"]).name == named
 
 
 def test_parameters_satisfy_the_schema_of_the_form():

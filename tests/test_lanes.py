@@ -56,11 +56,9 @@ class Opened:
         self.records: list[TrialRecord] = []
         self.said: list[str] = []
 
-    def run(
-        self, experiment: ExperimentSpec | None = None, on_end: Callable[[TrialRecord], None] | None = None
-    ) -> None:
+    def run(self, on_end: Callable[[TrialRecord], None] | None = None) -> None:
         with watched_by(Lines(self.said.append)):
-            run_lanes(experiment or self.experiment, self.data.path, self.sweep, on_end=on_end or self.records.append)
+            run_lanes(self.experiment, self.data.path, self.sweep, on_end=on_end or self.records.append)
 
     @property
     def study(self) -> optuna.Study:
@@ -108,9 +106,7 @@ def test_lanes_train_no_more_than_the_budget(tmp_path: Path):
     assert len(opened.records) == len(opened.states) == 3
 
 
-@pytest.mark.xfail(
-    strict=False, reason="the trial of a killed lane stays RUNNING until lanes adopt what lost its lease"
-)
+@pytest.mark.xfail(strict=False, reason="a killed lane's trial stays RUNNING until lanes adopt it")
 def test_a_killed_lane_is_told_of_and_the_others_do_its_trial(tmp_path: Path):
     opened = Opened(tmp_path, trials=5)
 
@@ -155,8 +151,9 @@ def test_where_all_lanes_are_killed_that_is_the_error(tmp_path: Path):
 def test_a_mistake_that_lanes_meet_stays_one_sentence(tmp_path: Path):
     opened = Opened(tmp_path, trials=2)
     nowhere = LocalModel(path=str(tmp_path / "nowhere"))
+    opened.experiment = opened.experiment.model_copy(update={"model": nowhere})
     with pytest.raises(UserError, match=r"^model\.path: .*nowhere holds no config\.json; give a folder"):
-        opened.run(opened.experiment.model_copy(update={"model": nowhere}))
+        opened.run()
     assert opened.records == []
     assert len([line for line in opened.said if "failed: model.path" in line]) == 2
 

@@ -77,8 +77,8 @@ Count = Annotated[
 class ExecutionSpec(Spec):
     """Where and how it runs; outside the fingerprint, as it changes no trial's result.
 
-    With several slots or lanes a search may ask for other trials, as more of them begin before the first results are in.
-    With dropout, a step that is cut into other passes has other draws.
+    With several slots or lanes a search may ask for other trials, as more begin before the first results are in. With
+    dropout, a step that is cut into other passes has other draws.
     """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")

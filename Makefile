@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv sweep ui test test-real test-gpu bench check format-check lint types directions format lock clean
+.PHONY: help .venv sweep ui test test-real test-gpu bench bench-lanes check format-check lint types directions format lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test-gpu: $(READY) ## Run the tests that need a GPU
 
 bench: $(READY) ## Measure the engine beside PEFT with the Trainer (QUICK=1 for a short pass)
 	@$(BIN)/python -m benchmarks.engine $(if $(QUICK),--quick)
+
+bench-lanes: $(READY) ## Measure a sweep with 1, 2 and 4 lanes on PostgreSQL
+	@$(BIN)/python -m benchmarks.lanes
 
 check: format-check lint types directions ## Check format, lint, types and import directions
 

@@ -213,6 +213,23 @@ def ui(
         serve_pages(mlflow_port=mlflow_port, prefect_port=prefect_port, optuna_port=optuna_port)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def up(
+    context: typer.Context,
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Workers for lanes, beside one for sweeps.")] = 1,
+    postgres_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of PostgreSQL.")] = 5433,
+) -> None:
+    """Serve what many lanes need: PostgreSQL, the pages over it (with the options of `ui`), and workers.
+
+    Where SOFTPROMPT_POSTGRES=postgresql://user:password@host:5432 is set in the environment, that server is used.
+    """
+    with _one_sentence():
+        require_writable(state_home(), "SOFTPROMPT_HOME")
+        from flows.site import serve_site
+
+        serve_site(workers=workers, postgres_port=postgres_port, options=context.args)
+
+
 def main() -> None:
     """Entry point of the command."""
     app()

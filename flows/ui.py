@@ -82,7 +82,7 @@ def serve_pages(*, mlflow_port: int = 5000, prefect_port: int = 4200, optuna_por
 
     create_stores()
     with ExitStack() as stack:
-        stack.enter_context(_signals_interrupt())
+        stack.enter_context(signals_interrupt())
         _serve(pages, stack)
 
 
@@ -258,7 +258,7 @@ def _note(address: str, process: int) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """Make what ends a process otherwise unasked an interrupt, and let none of them disturb the ending."""
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -22,7 +22,7 @@ from softprompt.errors import UserError
 from softprompt.home import cache_home, state_home, study_storage, tracking_uri
 from softprompt.lane import TrialRecord, open_sweep
 from softprompt.progress import Lines, watched_by
-from softprompt.spec import ExecutionSpec, ExperimentSpec, LocalModel
+from softprompt.spec import ExecutionSpec, LocalModel
 from softprompt.store import create_stores
 from softprompt.tracking import Tracker
 from tasks.lanes import run_lanes, share_devices

@@ -1,10 +1,8 @@
 """Several lanes of one sweep as real processes, on a tiny model."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -80,30 +78,27 @@ def lanes_of(process: int) -> list[psutil.Process]:
     return [child for child in children if "softprompt.lane_process" in child.cmdline()]
 
 
-def gone(process: psutil.Process, seconds: float = 60) -> bool:
-    _, alive = psutil.wait_procs([process], timeout=seconds)
-    return not alive
-
-
-def test_two_lanes_share_the_trials_of_a_study_in_sqlite(tmp_path: Path):
+def test_two_lanes_share_the_trials_of_a_study_in_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
     opened = Opened(tmp_path, trials=6)
-    opened.run()
+    seen: list[tuple[str, list[str]]] = []
+
+    def look(record: TrialRecord) -> None:
+        opened.records.append(record)
+        seen.extend((lane.environ()["OMP_NUM_THREADS"], lane.cmdline()[1:]) for lane in lanes_of(os.getpid()))
+
+    opened.run(on_end=look)
+    assert len(seen) >= 2
+    assert all(each == ("3", ["-m", "softprompt.lane_process"]) for each in seen), "nothing else, as a secret"
     assert {record.outcome for record in opened.records} == {"finished"}
     numbers = sorted(record.number for record in opened.records)
     assert numbers == sorted(trial.number for trial in search.counted(opened.study)), "each by one lane, and told once"
-    assert len(set(numbers)) == len(numbers) >= 6
+    assert len(set(numbers)) == len(numbers) == 6
     assert set(opened.states) == {TrialState.COMPLETE}
     assert opened.statuses == ["FINISHED"] * len(numbers)
     assert {line.partition(":")[0] for line in opened.said if line.startswith("lane")} == {"lane 0", "lane 1"}
     for log in (state_home() / "logs").glob(f"{opened.sweep.name}-lane-*.log"):
         assert "locked" not in log.read_text(encoding="utf-8")
-
-
-@pytest.mark.xfail(strict=False, reason="two lanes may both ask for the last trial until `ask` knows the budget")
-def test_lanes_train_no_more_than_the_budget(tmp_path: Path):
-    opened = Opened(tmp_path, trials=3, lanes=3)
-    opened.run()
-    assert len(opened.records) == len(opened.states) == 3
 
 
 @pytest.mark.xfail(strict=False, reason="a killed lane's trial stays RUNNING until lanes adopt it")
@@ -121,19 +116,6 @@ def test_a_killed_lane_is_told_of_and_the_others_do_its_trial(tmp_path: Path):
     assert opened.states == [TrialState.COMPLETE] * 5
     assert sorted(record.number for record in opened.records) == list(range(5))
     assert opened.statuses == ["FINISHED"] * 5
-
-
-def test_a_killed_lane_stops_no_other(tmp_path: Path):
-    opened = Opened(tmp_path, trials=5)
-
-    def kill_one(record: TrialRecord) -> None:
-        if not opened.records:
-            lanes_of(os.getpid())[0].kill()
-        opened.records.append(record)
-
-    opened.run(on_end=kill_one)
-    assert [line for line in opened.said if line == "lane 0 was ended by SIGKILL; the other one goes on"]
-    assert opened.states.count(TrialState.COMPLETE) >= 4
 
 
 def test_where_all_lanes_are_killed_that_is_the_error(tmp_path: Path):
@@ -204,28 +186,12 @@ def parent(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_lanes_end_with_the_process_that_started_them(parent: "subprocess.Popen[str]", number: signal.Signals):
+def test_lanes_end_with_the_process_that_started_them(parent: "subprocess.Popen[str]"):
     lanes = lanes_of(parent.pid)
     assert len(lanes) == 2
-    began = time.monotonic()
-    parent.send_signal(number)
-    assert all(gone(lane) for lane in lanes), f"after {time.monotonic() - began:.0f} s"
-
-
-def test_a_lane_has_its_share_of_the_threads_and_no_secret_among_its_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
-    opened = Opened(tmp_path, trials=2)
-    seen: list[tuple[str, list[str]]] = []
-
-    def look(record: TrialRecord) -> None:
-        seen.extend((lane.environ()["OMP_NUM_THREADS"], lane.cmdline()[1:]) for lane in lanes_of(os.getpid()))
-
-    opened.run(on_end=look)
-    assert seen
-    assert set(map(str, seen)) == {str(("3", ["-m", "softprompt.lane_process"]))}
+    parent.kill()
+    _, alive = psutil.wait_procs(lanes, timeout=60)
+    assert not alive
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tasks.joining import identity_tags
 from tasks.lanes import run_lanes, share_devices
 from tasks.policy import close_earlier_try, flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
+from tasks.ray_lanes import run_on_ray
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
@@ -61,7 +62,9 @@ def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[Tr
         records.append(trial)
         _show_end(trial, experiment.labels.objective)
 
-    if len(share_devices(experiment.execution)) > 1:
+    if experiment.execution.ray:
+        run_on_ray(experiment, sweep, on_end=record)
+    elif len(share_devices(experiment.execution)) > 1:
         run_lanes(experiment, Path(data), sweep, on_end=record)
     else:
         Lane(Workbench(experiment, load_prepared(Path(data))), sweep, on_end=record).run()

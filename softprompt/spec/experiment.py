@@ -86,6 +86,9 @@ class ExecutionSpec(Spec):
     lanes: Count = 1
     """Processes of this machine that train trials of one search, each with a GPU or its share of the CPU's threads;
     `auto` is one for each GPU, and one on a CPU."""
+    ray: str | None = Field(default=None, min_length=1)
+    """Address of a Ray cluster that trains the lanes in place of this machine, as `auto` or `ray://head:10001`, or
+    `local`; needs the extra `ray`."""
     slots: Count = "auto"
     """Prompts trained side by side through one frozen forward pass (K), or `auto`: 1 on a CPU, on a GPU as many as
     still gain something and fit its memory, by a short measurement."""

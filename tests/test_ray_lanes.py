@@ -12,9 +12,7 @@ from tests.tiny import tiny_experiment
 
 def test_the_number_of_lanes_on_a_cluster_is_given(tmp_path: Path):
     execution = {"device": "cpu", "lanes": "auto", "ray": "local"}
-    with pytest.raises(
-        UserError, match=r"^execution\.lanes: auto counts this machine's GPUs; with execution\.ray, give"
-    ):
+    with pytest.raises(UserError, match=r"^execution\.lanes: auto counts .*; with execution\.ray, give a number"):
         run_on_ray(tiny_experiment(tmp_path, execution=execution), Sweep(name="x", run_id="y", tags={}), on_end=print)
 
 

@@ -25,6 +25,7 @@ TRIALS = 2
 STEPS, RUNG = 60, 20
 SECONDS = 0.5
 """What a step waits."""
+DOCS = ROOT / "docs" / "scaling.md"
 FILE = ROOT / "benchmarks" / "results" / "lanes.json"
 
 
@@ -43,7 +44,25 @@ def main() -> None:
             }
             record = measure(folder)
     FILE.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {FILE.relative_to(ROOT)}")
+    page = DOCS.read_text(encoding="utf-8")
+    DOCS.write_text(with_table(page, record), encoding="utf-8")
+    print(f"written to {FILE.relative_to(ROOT)} and {DOCS.relative_to(ROOT)}")
+
+
+def with_table(page: str, record: dict[str, Any]) -> str:
+    """The page of the docs with the table of a record between its two marks."""
+    lines = [
+        "| lanes | trials | seconds | trials a minute | times one lane | coordination |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count, found in record["lanes"].items():
+        told = (found["trials"], f"{found['seconds']:.0f}", f"{found['trials_per_minute']:.1f}")
+        lines.append(
+            f"| {count} | {' | '.join(map(str, told))} | {found['times_one_lane']:.2f} | {found['coordination']:.1%} |"
+        )
+    before, begin, rest = page.partition("<!-- lanes -->\n")
+    _, end, after = rest.partition("<!-- end of lanes -->\n")
+    return before + begin + "\n".join(lines) + "\n" + end + after
 
 
 def measure(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 import torch
 
-from benchmarks import large, peer, quality, sweep, table
+from benchmarks import lanes, large, peer, quality, sweep, table
 from benchmarks.engine import ROOT, measure, measure_large
 from benchmarks.figure import draw
 from benchmarks.sizes import QUICK
@@ -150,3 +150,10 @@ def test_the_docs_are_of_the_results():
     figures = re.findall(r"!\[.*]\((.*)\)", written)
     assert figures
     assert all((ROOT / "docs" / figure).is_file() for figure in figures)
+
+
+def test_table_of_lanes_is_that_of_its_record():
+    page = lanes.DOCS.read_text(encoding="utf-8")
+    record = json.loads(lanes.FILE.read_text(encoding="utf-8"))
+    assert lanes.with_table(page, record) == page
+    assert list(record["lanes"]) == ["1", "2", "4"]

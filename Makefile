@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv sweep ui test test-real test-faults test-gpu bench bench-records check format-check lint types directions format lock clean
+.PHONY: help .venv sweep ui test test-real test-faults test-gpu bench bench-lanes bench-records check format-check lint types directions format lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ bench: $(READY) ## Measure the engine beside PEFT with the Trainer (QUICK=1 for 
 
 bench-records: $(READY) ## Measure the study and the runs of long searches beside Optuna and MLflow alone
 	@$(BIN)/python -m benchmarks.records $(ARGS)
+
+bench-lanes: $(READY) ## Measure a sweep with 1, 2 and 4 lanes on PostgreSQL
+	@$(BIN)/python -m benchmarks.lanes
 
 check: format-check lint types directions ## Check format, lint, types and import directions
 

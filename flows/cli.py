@@ -58,15 +58,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate data and model
 def sweep(
     experiment: Experiment,
     overrides: Overrides = None,
-    new: Annotated[bool, typer.Option("--new", help="Give up an interrupted sweep, and begin anew.")] = False,
     dry_run: DryRun = False,
+    lanes: Annotated[
+        str | None, typer.Option(metavar="N", help="Processes that train trials; auto is one for each GPU.")
+    ] = None,
+    new: Annotated[bool, typer.Option("--new", help="Give up an interrupted sweep, and begin anew.")] = False,
 ) -> None:
     """Search for the best prompt, measure it on the test split, and register it.
 
     A sweep of the same experiment that was interrupted is gone on with.
     """
     with _one_sentence(_GOES_ON):
-        spec = _read(experiment, overrides)
+        # The number of lanes is a field like any other.
+        spec = _read(experiment, [*(overrides or []), *([f"execution.lanes={lanes}"] if lanes else [])])
         if dry_run:
             _print_plan(spec)
             return
@@ -98,6 +102,24 @@ def retune(experiment: Experiment, overrides: Overrides = None, dry_run: DryRun 
             return  # it has been said that there is nothing new
         _print_systems(result.swept.evaluation.systems)
         _print_decision(result.swept.decision)
+
+
+@app.command()
+def lane(
+    experiment: Experiment,
+    overrides: Overrides = None,
+    sweep: Annotated[str | None, typer.Option(help="Name of the sweep; needed where several are open.")] = None,
+) -> None:
+    """Train trials of a sweep that is running, as one more lane of it, until there is nothing left to train."""
+    with _one_sentence():
+        spec = _read(experiment, overrides)
+        _begin(f"lane of {spec.name}")
+        from flows.lane import tune_lane
+        from flows.terminal import shown
+
+        with shown():
+            trials = tune_lane(spec, sweep)
+        typer.echo(f"nothing is left to train; the sweep has {len(trials)} trials")
 
 
 @app.command()
@@ -221,6 +243,23 @@ def ui(
         from flows.ui import serve_pages
 
         serve_pages(host=host, mlflow_port=mlflow_port, prefect_port=prefect_port, optuna_port=optuna_port)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def up(
+    context: typer.Context,
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Workers for lanes, beside one for sweeps.")] = 1,
+    postgres_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of PostgreSQL.")] = 5433,
+) -> None:
+    """Serve what many lanes need: PostgreSQL, the pages over it (with the options of `ui`), and workers.
+
+    Where SOFTPROMPT_POSTGRES=postgresql://user:password@host:5432 is set in the environment, that server is used.
+    """
+    with _one_sentence():
+        require_writable(state_home(), "SOFTPROMPT_HOME")
+        from flows.site import serve_site
+
+        serve_site(workers=workers, postgres_port=postgres_port, options=context.args)
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def serve_pages(
 
     create_stores()
     with ExitStack() as stack:
-        stack.enter_context(_signals_interrupt())
+        stack.enter_context(signals_interrupt())
         _serve(pages, stack)
 
 
@@ -275,7 +275,7 @@ def _note(address: str, process: int) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """Make what ends a process otherwise unasked an interrupt, and let none of them disturb the ending."""
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

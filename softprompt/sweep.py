@@ -4,6 +4,7 @@ The ledger knows which sweeps are open. A row there is the first that is written
 may be written again: killed at any instant, the next start finds the row and goes on.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from softprompt.errors import UserError
 from softprompt.home import checkpoint_home
 from softprompt.ledger import Ledger, SweepRow, open_ledger
 from softprompt.progress import watcher
-from softprompt.spec import ExperimentSpec, fingerprint
+from softprompt.spec import ExperimentSpec
 from softprompt.storage import study_store
 from softprompt.tracking import Tracker
 from softprompt.workbench import Workbench
@@ -71,10 +72,54 @@ def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False)
     return _open(bench, row, tags, resumed=False)
 
 
+def find_open(experiment: ExperimentSpec, name: str | None = None) -> Sweep:
+    """The open sweep of an experiment, or the one of this name.
+
+    Raises UserError where there is none, or several to choose from.
+    """
+    rows = {row.name: row for row in open_ledger().open_sweeps(experiment.name) if row.run_id}
+    if name is not None:
+        if name not in rows:
+            raise UserError(
+                f"--sweep {name}: is no open sweep of {experiment.name}; open are {', '.join(rows) or 'none'}"
+            )
+        return Sweep(name=name, run_id=rows[name].run_id, resumed=True)
+    # Of several that are open, the one of this very experiment.
+    own = {n: r for n, r in rows.items() if json.loads(r.identity)["experiment"] == experiment.fingerprint} or rows
+    if not own:
+        raise UserError(
+            f"{experiment.name} has no open sweep; start one with `softprompt sweep`, and give this lane the same "
+            "MLFLOW_TRACKING_URI and SOFTPROMPT_STORAGE"
+        )
+    if len(own) > 1:
+        raise UserError(f"{experiment.name} has several open sweeps; choose one with --sweep: {', '.join(own)}")
+    return find_open(experiment, next(iter(own)))
+
+
+def require_same(sweep: Sweep, bench: Workbench) -> None:
+    """UserError where an experiment, its rows or its model are not those that a sweep was opened with."""
+    row = open_ledger().find_sweep(sweep.name)
+    theirs, own = json.loads(row.identity) if row else {}, json.loads(_identify(bench))
+    advice = {
+        "experiment": "give this lane the file that the sweep was started with",
+        "rows": "give this machine the same data files",
+        "model": "give this machine the same weights",
+        "tokenizer": "give this machine the same tokenizer files",
+    }
+    for part, words in advice.items():
+        if theirs.get(part) != own[part]:
+            found = str(theirs.get(part, "none"))[:12]
+            raise UserError(
+                f"the {part} here has the hash {own[part][:12]}, and {sweep.name} was opened with {found}; {words}"
+            )
+
+
 def _identify(bench: Workbench) -> str:
+    """What two sweeps have in common that are the same."""
     backbone = bench.backbone
-    parts = {"experiment": bench.experiment.fingerprint, "data": bench.data.digest}
-    return fingerprint(parts | {"weights": backbone.weights_sha256, "tokenizer": backbone.tokenizer_sha256})
+    parts = {"experiment": bench.experiment.fingerprint, "rows": bench.data.digest}
+    parts |= {"model": backbone.weights_sha256, "tokenizer": backbone.tokenizer_sha256}
+    return json.dumps(parts, sort_keys=True)
 
 
 def _open(bench: Workbench, row: SweepRow, tags: Mapping[str, str], *, resumed: bool) -> Sweep:

@@ -1,4 +1,4 @@
-"""The study, and the lane that trains its trials.
+"""The study, and the lanes that train its trials.
 
 A model that cannot be had or used is refused before there is a study or a run: nothing is left of a mistake.
 """
@@ -23,8 +23,10 @@ from softprompt.sweep import Sweep, begin_sweep, close_sweep
 from softprompt.tracking import Tracker
 from softprompt.trials import TrialRecord, describe_end, trial_records
 from softprompt.workbench import Workbench
+from tasks.lanes import run_lanes, share_devices
 from tasks.policy import flow_tags, may_retry, run_link
 from tasks.prepare import describe_data
+from tasks.ray_lanes import run_on_ray
 
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
@@ -56,9 +58,17 @@ def open_study(experiment: ExperimentSpec, data: str, new: bool = False) -> Swee
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
 def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[TrialRecord]:
-    """Train trials of the study on this machine's device until the budget is spent; all of the sweep's are returned."""
-    bench = Workbench(experiment, load_prepared(Path(data)))
-    Lane(bench, sweep, on_end=lambda trial: _show_end(trial, experiment.labels.objective)).run()
+    """Train trials of the study on this machine's devices until the budget is spent; all of the sweep's are returned."""
+
+    def on_end(trial: TrialRecord) -> None:
+        _show_end(trial, experiment.labels.objective)
+
+    if experiment.execution.ray:
+        run_on_ray(experiment, sweep, on_end=on_end)
+    elif len(share_devices(experiment.execution)) > 1:
+        run_lanes(experiment, Path(data), sweep, on_end=on_end)
+    else:
+        Lane(Workbench(experiment, load_prepared(Path(data))), sweep, on_end=on_end).run()
     return trial_records(load_study(sweep.name, study_store(), experiment))
 
 

@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 import torch
 
-from benchmarks import large, peer, quality, records, sweep, table
+from benchmarks import lanes, large, peer, quality, records, sweep, table
 from benchmarks.engine import ROOT, measure, measure_large
 from benchmarks.figure import draw
 from benchmarks.sizes import QUICK
@@ -167,3 +167,10 @@ def test_the_records_of_both_sides_are_measured_on_one_study(tmp_path, monkeypat
 def test_what_is_no_measurement_of_the_engine_is_no_part_of_its_table(tmp_path):
     (tmp_path / "records.json").write_text(json.dumps({"date": "2026-01-01", "Optuna on SQLite": {}}))
     assert "unproven" in table.describe(tmp_path)
+
+
+def test_table_of_lanes_is_that_of_its_record():
+    page = lanes.DOCS.read_text(encoding="utf-8")
+    record = json.loads(lanes.FILE.read_text(encoding="utf-8"))
+    assert lanes.with_table(page, record) == page
+    assert list(record["lanes"]) == ["1", "2", "4"]

@@ -33,6 +33,25 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 240
 
 
+OPEN = """
+import sys
+from softprompt.data import prepare
+from softprompt.home import cache_home
+from softprompt.lane import open_sweep
+from softprompt.spec import ExperimentSpec
+from softprompt.store import create_stores
+from softprompt.workbench import Workbench
+from tasks.joining import identity_tags
+
+experiment = ExperimentSpec.model_validate_json(sys.argv[1])
+create_stores()
+bench = Workbench(experiment, prepare(experiment, cache_home()))
+tags = identity_tags(experiment, digest=bench.data.digest, weights=bench.backbone.weights_sha256)
+open_sweep(experiment, bench.data, tags)
+"""
+"""Opens a sweep and leaves its trials to others."""
+
+
 class Site:
     """A state folder with a server, and the environment of whoever works with it."""
 
@@ -150,12 +169,19 @@ def test_launched_and_scheduled_runs_complete_on_a_worker(tmp_path: Path):
             launched = site.await_completed("sweep", log)
             scheduled = site.await_completed("nightly-sweep", log)
         lines = site.log_lines(launched)
+        joined = tiny_experiment(tmp_path / "joined", name="tiny-joined", budget={"trials": 2}).model_dump(mode="json")
+        opened = subprocess.run([sys.executable, "-c", OPEN, json.dumps(joined)], cwd=ROOT, env=site.environment)
+        assert opened.returncode == 0
+        site.prefect("deployment", "run", "tune-lane/tune-lane", "--params", json.dumps({"experiment": joined}))
+        with site.running("worker", "start", "--pool", "softprompt-lanes", "--limit", "1") as log:
+            lane = site.await_completed("tune-lane", log)
 
     assert not launched["auto_scheduled"]
     assert scheduled["auto_scheduled"]
     assert any("validation accuracy" in line for line in lines)
     assert not any("LOAD_" in line for line in lines), "the log is for people"
     _check_records(site, {launched["id"], scheduled["id"]})
+    _check_lane(site, lane["id"])
 
 
 @pytest.mark.timeout(600)
@@ -227,3 +253,11 @@ def _check_records(site: Site, flow_runs: set[str]) -> None:
         trials = [run for run in runs if run.data.tags.get(PARENT_RUN) == sweeps[flow_run].info.run_id]
         assert [run.info.status for run in (sweeps[flow_run], *trials)] == ["FINISHED", "FINISHED"]
     assert client.get_model_version_by_alias("tiny-sentiment", "champion")
+
+
+def _check_lane(site: Site, flow_run: str) -> None:
+    client = MlflowClient(f"sqlite:///{site.folder}/state/mlflow.db")
+    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "tiny-joined"]
+    trials = client.search_runs([experiment], f"tags.`{FLOW_RUN}` = '{flow_run}'")
+    assert [run.info.status in ("FINISHED", "KILLED") for run in trials] == [True, True]
+    assert len({run.data.tags[PARENT_RUN] for run in trials}) == 1

@@ -18,6 +18,9 @@ TREE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding
 DEPLOYMENTS = {deployment["name"]: deployment for deployment in TREE["deployments"]}
 
 
+SWEEPS = {name: deployment for name, deployment in DEPLOYMENTS.items() if name != "tune-lane"}
+
+
 def _schema(flow: Any = sweep) -> dict[str, Any]:
     from prefect.utilities.callables import parameter_schema
 
@@ -36,7 +39,7 @@ def test_form_is_filled_with_the_default_experiment():
 
 
 def test_all_are_deployed_with_the_same_experiment():
-    assert set(DEPLOYMENTS) == {"sweep", "nightly-sweep", "nightly-retune"}
+    assert set(DEPLOYMENTS) == {"sweep", "nightly-sweep", "nightly-retune", "tune-lane"}
     for deployment in DEPLOYMENTS.values():
         assert deployment["parameters"] == {"experiment": TREE["definitions"]["experiment"]}
 
@@ -55,10 +58,16 @@ def test_deployment_has_no_unknown_key(deployment: dict[str, Any]):
     DeploymentConfig.model_validate(deployment)
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+@pytest.mark.parametrize("deployment", SWEEPS.values(), ids=SWEEPS)
 def test_one_run_at_a_time_on_our_pool(deployment: dict[str, Any]):
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
     assert (deployment["work_pool"]["name"], deployment["work_pool"]["work_queue_name"]) == ("softprompt", "search")
+
+
+def test_lanes_do_not_wait_for_the_sweep_that_they_join():
+    lane = DEPLOYMENTS["tune-lane"]
+    assert "concurrency_limit" not in lane
+    assert lane["work_pool"] == TREE["definitions"]["work_pool"] | {"name": "softprompt-lanes"}
 
 
 def test_nightly_sweep_runs_at_two():

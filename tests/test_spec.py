@@ -263,6 +263,8 @@ LEARNED = {
 }
 EXECUTION = {
     "execution.device": "cpu",
+    "execution.lanes": 2,
+    "execution.ray": "auto",
     "execution.slots": 4,
     "execution.micro_batch_tokens": 512,
     "execution.gradient_checkpointing": True,

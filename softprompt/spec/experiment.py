@@ -68,7 +68,7 @@ class EvaluationSpec(Spec):
     """A plain instruction put before the input as text: what you would do without a soft prompt."""
 
 
-Slots = Annotated[
+Count = Annotated[
     Annotated[Annotated[int, Field(ge=1, le=256)], Tag("number")] | Annotated[Literal["auto"], Tag("word")],
     Discriminator(lambda value: "number" if isinstance(value, int | float) else "word"),
 ]
@@ -77,13 +77,19 @@ Slots = Annotated[
 class ExecutionSpec(Spec):
     """Where and how it runs; outside the fingerprint, as it changes no trial's result.
 
-    With several slots a search may ask for other trials, as more of them begin before the first results are in. With
+    With several slots or lanes a search may ask for other trials, as more begin before the first results are in. With
     dropout, a step that is cut into other passes has other draws.
     """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    slots: Slots = "auto"
+    lanes: Count = 1
+    """Processes of this machine that train trials of one search, each with a GPU or its share of the CPU's threads;
+    `auto` is one for each GPU, and one on a CPU."""
+    ray: str | None = Field(default=None, min_length=1)
+    """Address of a Ray cluster that trains the lanes in place of this machine, as `auto` or `ray://head:10001`, or
+    `local`; needs the extra `ray`."""
+    slots: Count = "auto"
     """Prompts trained side by side through one frozen forward pass (K), or `auto`: 1 on a CPU, on a GPU as many as
     still gain something and fit its memory, by a short measurement."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)

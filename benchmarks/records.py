@@ -73,8 +73,8 @@ class Side:
 def compare(ours: Side, library: Side, turns: int) -> Figures:
     """The medians of both sides' times, in milliseconds, in turns."""
     seconds: dict[str, dict[str, list[float]]] = {}
-    for _ in range(turns):
-        for side in (ours, library):
+    for turn in range(turns):
+        for side in (ours, library) if turn % 2 else (library, ours):
             for what, took in side.acts():
                 seconds.setdefault(what, {}).setdefault(side.name, []).append(took)
     figures = {}

@@ -89,8 +89,10 @@ def measure(folder: Path) -> dict[str, Any]:
 def _sweep(folder: Path, count: int) -> dict[str, Any]:
     from softprompt.data import prepare
     from softprompt.home import cache_home
-    from softprompt.lane import TrialRecord, open_sweep
     from softprompt.progress import Lines, watched_by
+    from softprompt.sweep import begin_sweep, driving
+    from softprompt.trials import TrialRecord
+    from softprompt.workbench import Workbench
     from tasks.lanes import run_lanes
     from tests.tiny import tiny_experiment
 
@@ -108,10 +110,10 @@ def _sweep(folder: Path, count: int) -> dict[str, Any]:
     times.mkdir()
     os.environ[FOLDER] = str(times)
     data = prepare(experiment, cache_home())
-    sweep = open_sweep(experiment, data, {})
+    sweep = begin_sweep(Workbench(experiment, data), {})
     records: list[TrialRecord] = []
     began = time.monotonic()
-    with watched_by(Lines(lambda text: None)):
+    with watched_by(Lines(lambda text: None)), driving(sweep):
         program = (sys.executable, "-m", "benchmarks.slow_lane")
         run_lanes(experiment, data.path, sweep, on_end=records.append, program=program)
     whole = time.monotonic() - began

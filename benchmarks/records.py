@@ -41,6 +41,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 from benchmarks.engine import RESULTS, ROOT
 from softprompt import search
 from softprompt.data import PreparedData
+from softprompt.home import tracking_uri
 from softprompt.retention import trials_of
 from softprompt.spec import BudgetSpec, ExperimentSpec, HalvingPruner, load_experiment
 from softprompt.sweep import Sweep
@@ -73,8 +74,8 @@ class Side:
 def compare(ours: Side, library: Side, turns: int) -> Figures:
     """The medians of both sides' times, in milliseconds, in turns."""
     seconds: dict[str, dict[str, list[float]]] = {}
-    for _ in range(turns):
-        for side in (ours, library):
+    for turn in range(turns):
+        for side in (ours, library) if turn % 2 else (library, ours):
             for what, took in side.acts():
                 seconds.setdefault(what, {}).setdefault(side.name, []).append(took)
     figures = {}
@@ -208,7 +209,7 @@ class Runs:
     """The runs of one sweep, made and listed by our tracker and by the client alone."""
 
     def __init__(self, experiment: ExperimentSpec) -> None:
-        self._client, self._tracker = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]), Tracker(experiment)
+        self._client, self._tracker = MlflowClient(tracking_uri()), Tracker(experiment)
         self._data = PreparedData(
             path=Path("/nowhere"),
             digest="0" * 64,
@@ -228,7 +229,7 @@ class Runs:
         """Bring the sweep to so many runs, as the client makes them."""
         while self._made < min(size, SIZES[0]):
             self._make_by_client()
-        self._made = multiply_runs(sqlalchemy.create_engine(os.environ["MLFLOW_TRACKING_URI"]), self._sweep, size)
+        self._made = multiply_runs(sqlalchemy.create_engine(tracking_uri()), self._sweep, size)
 
     def _make_by_client(self) -> None:
         tags = {PARENT_RUN: self._sweep.run_id, STUDY: "long", TRIAL: str(next(self._numbers))}
@@ -363,7 +364,8 @@ def measure(sizes: Sequence[int], minutes: float) -> dict[str, Any]:
     record: dict[str, Any] = {}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as home, temporary_postgres() as postgres:
-        os.environ.update(SOFTPROMPT_HOME=home, MLFLOW_TRACKING_URI=f"sqlite:///{home}/mlflow.db")
+        os.environ["SOFTPROMPT_HOME"] = home
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # with a store of the user's, artifacts would go there too
         urls = {"Optuna on SQLite": f"sqlite:///{home}/optuna.db", "Optuna on PostgreSQL": postgres}
         for n, (store, url) in enumerate(urls.items(), start=1):
             until = began + 60 * minutes * n / 3

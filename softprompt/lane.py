@@ -133,15 +133,28 @@ class Lane:
             if len(self._running) < self._slots and self._ledger.claim(self._sweep.name, _subject(number)):
                 self._take_up(number)
         while len(self._running) < self._slots and self._may_start():
-            asked = search.ask(self._study, self._experiment.search, self._experiment.budget)
+            asked = self._ask()
             if asked is None:
                 self._exhausted = search.is_exhausted(self._study)
                 if self._exhausted:
                     watcher().stage("the search space has nothing new left to try")
                 break
-            trial, params = asked
-            if self._ledger.claim(self._sweep.name, _subject(trial.number)):  # another lane may have been quicker
-                self._start(trial, params)
+            self._start(*asked)
+
+    def _ask(self) -> tuple[optuna.Trial, search.Params] | None:
+        """A new trial that is this lane's alone; what is asked for on the way and not to be trained is let go of."""
+        claimed: list[int] = []
+
+        def claim(number: int) -> bool:
+            if not self._ledger.claim(self._sweep.name, _subject(number)):
+                return False
+            claimed.append(number)
+            return True
+
+        asked = search.ask(self._study, self._experiment.search, self._experiment.budget, claim)
+        for number in claimed if asked is None else claimed[:-1]:
+            self._ledger.release(self._sweep.name, _subject(number))
+        return asked
 
     def _elsewhere(self) -> list[int]:
         """Numbers of the trials that are under way and not this lane's."""

@@ -84,8 +84,9 @@ class _Events:
 
     def error(self, error: Exception) -> None:
         """An exception as what it was: a user's mistake, an error of the system, or another."""
-        kinds = [kind for kind in (HopelessSweep, UserError) if isinstance(error, kind)]
-        kind = (kinds or [type(error)])[0].__name__
+        kind = type(error).__name__
+        if isinstance(error, UserError):
+            kind = "HopelessSweep" if isinstance(error, HopelessSweep) else "UserError"
         system = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) else None
         self._write("error", {"kind": kind, "text": without_secrets(str(error)), "system": system})
 

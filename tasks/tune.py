@@ -58,7 +58,7 @@ def open_study(experiment: ExperimentSpec, data: str, new: bool = False) -> Swee
 
 @task(retries=2, retry_delay_seconds=5, retry_condition_fn=may_retry, log_prints=True)
 def tune_prompts(experiment: ExperimentSpec, data: str, sweep: Sweep) -> list[TrialRecord]:
-    """Train trials of the study on this machine's devices until the budget is spent; all of the sweep's are returned."""
+    """Train trials of the study on this machine's devices until the budget is spent; returns all of the sweep."""
 
     def on_end(trial: TrialRecord) -> None:
         _show_end(trial, experiment.labels.objective)

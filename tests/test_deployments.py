@@ -35,19 +35,13 @@ SECONDS = 240
 
 OPEN = """
 import sys
-from softprompt.data import prepare
-from softprompt.home import cache_home
-from softprompt.lane import open_sweep
 from softprompt.spec import ExperimentSpec
-from softprompt.store import create_stores
+from softprompt.storage import create_stores
+from softprompt.sweep import begin_sweep
 from softprompt.workbench import Workbench
-from tasks.joining import identity_tags
 
-experiment = ExperimentSpec.model_validate_json(sys.argv[1])
 create_stores()
-bench = Workbench(experiment, prepare(experiment, cache_home()))
-tags = identity_tags(experiment, digest=bench.data.digest, weights=bench.backbone.weights_sha256)
-open_sweep(experiment, bench.data, tags)
+begin_sweep(Workbench(ExperimentSpec.model_validate_json(sys.argv[1])), {})
 """
 """Opens a sweep and leaves its trials to others."""
 

@@ -1,22 +1,21 @@
 """How a lane finds the sweep that it joins, and what it has to have in common with it."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from softprompt.data import prepare
 from softprompt.errors import UserError
-from softprompt.home import cache_home
-from softprompt.lane import Sweep, open_sweep
+from softprompt.ledger import open_ledger
 from softprompt.spec import ExperimentSpec
-from softprompt.store import create_stores
-from softprompt.tracking import Tracker
-from tasks.joining import DATA, FINGERPRINT, WEIGHTS, find_sweep, identity_tags, require_same
+from softprompt.storage import create_stores
+from softprompt.sweep import Sweep, begin_sweep, close_sweep, find_open, require_same
+from softprompt.workbench import Workbench
 from tests.tiny import tiny_experiment
 
-OWN = {FINGERPRINT: "a" * 64, DATA: "b" * 64, WEIGHTS: "c" * 64}
 _names = (f"tiny-joining-{n}" for n in count())
 
 
@@ -27,50 +26,49 @@ def experiment(tmp_path: Path) -> ExperimentSpec:
 
 @pytest.fixture
 def opened() -> Callable[[ExperimentSpec], Sweep]:
-    def make(experiment: ExperimentSpec) -> Sweep:
-        create_stores()
-        data = prepare(experiment, cache_home())
-        return open_sweep(experiment, data, identity_tags(experiment, digest=data.digest, weights="c" * 64))
-
-    return make
+    create_stores()
+    return lambda experiment: begin_sweep(Workbench(experiment), {})
 
 
-def test_the_open_sweep_of_an_experiment_is_found_with_what_it_was_opened_with(experiment, opened):
+def test_the_open_sweep_of_an_experiment_is_found_and_may_be_joined_with_the_same(experiment, opened):
     sweep = opened(experiment)
-    found = find_sweep(experiment)
-    assert (
-        (found.name, found.run_id)
-        == (sweep.name, sweep.run_id)
-        == (find_sweep(experiment, sweep.name).name, sweep.run_id)
-    )
-    require_same(found, sweep.tags)
+    found = find_open(experiment)
+    assert (found.name, found.run_id) == (sweep.name, sweep.run_id)
+    assert find_open(experiment, sweep.name) == found
+    require_same(found, Workbench(experiment))
 
 
 def test_a_sweep_that_has_ended_is_not_joined(experiment, opened):
-    Tracker(experiment).end(opened(experiment).run_id, "finished")
-    with pytest.raises(UserError, match=rf"^{experiment.name} has no open sweep in sqlite.*start one with `softprompt"):
-        find_sweep(experiment)
+    close_sweep(experiment, opened(experiment))
+    with pytest.raises(UserError, match=rf"^{experiment.name} has no open sweep; start one with `softprompt sweep`"):
+        find_open(experiment)
 
 
 def test_of_several_open_sweeps_one_is_to_be_chosen(experiment, opened):
-    first, second = opened(experiment), opened(experiment)
+    first = opened(experiment)
+    row = open_ledger().find_sweep(first.name)
+    assert row is not None
+    open_ledger().add_sweep(replace(row, name=f"{first.name}-again", run_id="another"))
     with pytest.raises(UserError, match=r"several open sweeps; choose one with --sweep: ") as caught:
-        find_sweep(experiment)
+        find_open(experiment)
     assert first.name in str(caught.value)
-    assert find_sweep(experiment, second.name).run_id == second.run_id
+    assert find_open(experiment, f"{first.name}-again").run_id == "another"
     with pytest.raises(UserError, match=r"^--sweep nonsense: is no open sweep of "):
-        find_sweep(experiment, "nonsense")
+        find_open(experiment, "nonsense")
 
 
 def test_of_an_experiment_that_was_changed_the_sweep_of_this_very_one_is_found(experiment, opened):
     changed = experiment.model_copy(update={"seed": 5})
     sweeps = {e.seed: opened(e) for e in (experiment, changed)}
-    assert find_sweep(changed).name == sweeps[5].name
+    assert find_open(changed).name == sweeps[5].name
 
 
-@pytest.mark.parametrize(("tag", "what"), [(FINGERPRINT, "experiment"), (DATA, "rows"), (WEIGHTS, "model")])
-def test_other_rows_weights_or_settings_are_refused_in_one_sentence(tag: str, what: str):
-    sweep = Sweep(name="tiny-1", run_id="r", tags=OWN)
-    require_same(sweep, OWN)
-    with pytest.raises(UserError, match=rf"^the {what} here has the hash dddddddddddd, and tiny-1 was opened with "):
-        require_same(sweep, OWN | {tag: "d" * 64})
+@pytest.mark.parametrize("part", ["experiment", "rows", "model", "tokenizer"])
+def test_other_rows_weights_or_settings_are_refused_in_one_sentence(experiment, opened, part: str):
+    row = open_ledger().find_sweep(opened(experiment).name)
+    assert row is not None
+    other = json.loads(row.identity) | {part: "d" * 64}
+    open_ledger().add_sweep(replace(row, name=f"{row.name}-other", identity=json.dumps(other)))
+    sweep = Sweep(name=f"{row.name}-other", run_id=row.run_id)
+    with pytest.raises(UserError, match=rf"^the {part} here has the hash .*, and {sweep.name} was opened with dddd"):
+        require_same(sweep, Workbench(experiment))

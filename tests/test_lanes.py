@@ -17,12 +17,14 @@ from optuna.trial import TrialState
 from softprompt import search
 from softprompt.data import prepare
 from softprompt.errors import UserError
-from softprompt.home import cache_home, state_home, study_storage, tracking_uri
-from softprompt.lane import TrialRecord, open_sweep
+from softprompt.home import cache_home, state_home, tracking_uri
 from softprompt.progress import Lines, watched_by
 from softprompt.spec import ExecutionSpec, LocalModel
-from softprompt.store import create_stores
+from softprompt.storage import create_stores, study_store
+from softprompt.sweep import begin_sweep
 from softprompt.tracking import Tracker
+from softprompt.trials import TrialRecord
+from softprompt.workbench import Workbench
 from tasks.lanes import run_lanes, share_devices
 from tests.tiny import tiny_experiment
 
@@ -50,7 +52,7 @@ class Opened:
         )
         create_stores()
         self.data = prepare(self.experiment, cache_home())
-        self.sweep = open_sweep(self.experiment, self.data, {})
+        self.sweep = begin_sweep(Workbench(self.experiment, self.data), {})
         self.records: list[TrialRecord] = []
         self.said: list[str] = []
 
@@ -60,7 +62,7 @@ class Opened:
 
     @property
     def study(self) -> optuna.Study:
-        return search.load_study(self.sweep.name, study_storage(), self.experiment)
+        return search.load_study(self.sweep.name, study_store(), self.experiment)
 
     @property
     def states(self) -> list[TrialState]:
@@ -101,7 +103,6 @@ def test_two_lanes_share_the_trials_of_a_study_in_sqlite(tmp_path: Path, monkeyp
         assert "locked" not in log.read_text(encoding="utf-8")
 
 
-@pytest.mark.xfail(strict=False, reason="a killed lane's trial stays RUNNING until lanes adopt it")
 def test_a_killed_lane_is_told_of_and_the_others_do_its_trial(tmp_path: Path):
     opened = Opened(tmp_path, trials=5)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.lane import Sweep
+from softprompt.sweep import Sweep
 from tasks.ray_lanes import run_on_ray
 from tests.tiny import tiny_experiment
 
@@ -13,7 +13,7 @@ from tests.tiny import tiny_experiment
 def test_the_number_of_lanes_on_a_cluster_is_given(tmp_path: Path):
     execution = {"device": "cpu", "lanes": "auto", "ray": "local"}
     with pytest.raises(UserError, match=r"^execution\.lanes: auto counts .*; with execution\.ray, give a number"):
-        run_on_ray(tiny_experiment(tmp_path, execution=execution), Sweep(name="x", run_id="y", tags={}), on_end=print)
+        run_on_ray(tiny_experiment(tmp_path, execution=execution), Sweep(name="x", run_id="y"), on_end=print)
 
 
 def test_a_sweep_trains_its_trials_on_ray(

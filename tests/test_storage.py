@@ -181,7 +181,7 @@ def test_a_connection_that_breaks_within_a_call_costs_nothing():
         store, other = study_store(server.url), create_engine(server.url)
         study = optuna.create_study(study_name="movies", storage=store, sampler=RandomSampler())
         study.tell(study.ask(), 0.5)
-        breaks: list[bool] = []
+        breaks: list[str] = []
 
         def terminate(connection: object, cursor: Any, statement: str, *rest: object) -> None:
             if "FROM trial_values" in statement and not breaks:

@@ -52,6 +52,7 @@ def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False)
     Raises UserError where another process is driving it.
     """
     ledger, experiment = open_ledger(), bench.experiment
+    Tracker(experiment).require_experiment()  # before anything is written, or given up
     identity = _identify(bench)
     for row in ledger.open_sweeps(experiment.name):
         if row.identity != identity:
@@ -65,7 +66,6 @@ def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False)
         ledger.release(row.name, SWEEP)
     # Two sweeps may begin in one second.
     name = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
-    Tracker(experiment)  # refuses an experiment that is deleted, before anything is written
     row = SweepRow(name=name, experiment=experiment.name, identity=identity, run_id="", seconds=0.0)
     ledger.add_sweep(row)
     _take(ledger, name)

@@ -103,6 +103,11 @@ class Tracker:
         return _experiment_id(self.client, self._name)
 
     @insisting
+    def require_experiment(self) -> None:
+        """UserError where somebody has deleted the experiment."""
+        _ = self.experiment_id
+
+    @insisting
     def start_sweep(self, study: str, experiment: ExperimentSpec, data: PreparedData, tags: Mapping[str, str]) -> str:
         """The parent run of a study, with everything that is known before the first trial; returns its id."""
         tags = {STUDY: study, FINGERPRINT: experiment.fingerprint, **_owner(), **tags}

@@ -67,7 +67,8 @@ def test_one_run_at_a_time_on_our_pool(deployment: dict[str, Any]):
 def test_lanes_do_not_wait_for_the_sweep_that_they_join():
     lane = DEPLOYMENTS["tune-lane"]
     assert "concurrency_limit" not in lane
-    assert lane["work_pool"] == TREE["definitions"]["work_pool"] | {"name": "softprompt-lanes"}
+    search = TREE["definitions"]["work_pool"]
+    assert lane["work_pool"] == {"name": "softprompt-lanes", "job_variables": search["job_variables"]}
 
 
 def test_nightly_sweep_runs_at_two():

@@ -12,11 +12,12 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -410,13 +411,28 @@ def stopped_beyond_patience(case: Case) -> None:
     if still.wait(case.draw.uniform(case.twin.start, case.twin.seconds)):
         finish(still)
         return
-    still.send(signal.SIGSTOP)
+    _stop_between_transactions(still, case.home.state)
     case.struck = 1
     try:
         finish(case.sweep(short))
     finally:
         still.send(signal.SIGCONT)
     finish(still)
+
+
+def _stop_between_transactions(child: Child, state: Path) -> None:
+    """Stop a process where it holds no lock of a SQLite file: with one, nobody could go on, whatever they do."""
+    while True:
+        child.send(signal.SIGSTOP)
+        try:
+            for file in state.glob("*.db"):
+                with closing(sqlite3.connect(file, timeout=0.05)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.rollback()
+            return
+        except sqlite3.OperationalError:
+            child.send(signal.SIGCONT)
+            time.sleep(0.01)
 
 
 def torn(case: Case) -> None:

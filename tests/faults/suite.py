@@ -30,6 +30,7 @@ from tests.faults.comparison import compare
 from tests.faults.scenarios import KINDS, Case, Kind, Stage, Stuck
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "faults.json"
+DOCS = RESULTS.parents[2] / "docs" / "operating.md"
 LEAST = 200
 """Faults that a whole run injects at least."""
 
@@ -47,16 +48,19 @@ class Settings:
     """Processes that run scenarios."""
     keep: Path | None = None
     """Folder for the state and the log of what was not survived."""
+    record: bool = False
+    """Whether the table of a whole run goes into the results and the docs."""
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """`FAULTS_SEED`, `FAULTS_COUNT`, `FAULTS_ONLY` and `FAULTS_KEEP`."""
+        """`FAULTS_SEED`, `FAULTS_COUNT`, `FAULTS_ONLY`, `FAULTS_KEEP` and `FAULTS_RECORD`."""
         return cls(
             seed=int(os.environ.get("FAULTS_SEED", "0")),
             count=int(os.environ.get("FAULTS_COUNT", "0")),
             only=os.environ.get("FAULTS_ONLY", ""),
             lanes=max(1, min(4, os.cpu_count() or 1)),
             keep=Path(os.environ["FAULTS_KEEP"]).absolute() if os.environ.get("FAULTS_KEEP") else None,
+            record=bool(os.environ.get("FAULTS_RECORD")),
         )
 
 
@@ -231,7 +235,7 @@ def _conclude(settings: Settings, rows: Sequence[Row], seconds: float) -> int:
     for row in [*shown, total]:
         print(f"{row.kind:<{width}}  {row.tried:>5}  {row.survived:>8}  {row.lost:>4}  {row.doubled:>7}")
     whole = not settings.only and not settings.count
-    if whole:
+    if whole and settings.record:
         _write(settings, shown, total, seconds)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"\nFAULTS_SEED={settings.seed}, {seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU")
@@ -254,6 +258,19 @@ def _write(settings: Settings, rows: Sequence[Row], total: Row, seconds: float) 
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def with_table(page: str, found: dict[str, Any]) -> str:
+    """The page of the docs with the table of a whole run between its two marks."""
+    lines = ["| fault | tried | survived | lost | doubled |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['kind']} | {row['tried']} | {row['survived']} | {row['lost']} | {row['doubled']} |"
+        for row in [*found["faults"], found["all"]]
+    ]
+    before, begin, rest = page.partition("<!-- faults -->\n")
+    _, end, after = rest.partition("<!-- end of faults -->\n")
+    return before + begin + "\n".join(lines) + "\n" + end + after
 
 
 def _tree_digest(folder: Path) -> str:

@@ -84,6 +84,8 @@ class Lane:
         self._whole = True
         """Whether the state of the slots is that after a step, and not in the middle of one."""
         self._exhausted = False
+        self._looked = -_POLL
+        """When there was last looked for something to fill a free slot with."""
         self._steps = 0
         self._ended_steps: list[int] = []
         row = self._ledger.find_sweep(sweep.name)
@@ -129,7 +131,11 @@ class Lane:
 
     def _refill(self) -> None:
         """Fill the free slots: first with what a lane that died has left, then from the study."""
-        for number in self._elsewhere() if len(self._running) < self._slots else ():
+        full, just = len(self._running) == self._slots, time.monotonic() - self._looked < _POLL
+        if full or (self._running and just):
+            return
+        self._looked = time.monotonic()
+        for number in self._elsewhere():
             if len(self._running) < self._slots and self._ledger.claim(self._sweep.name, _subject(number)):
                 self._take_up(number)
         while len(self._running) < self._slots and self._may_start():
@@ -355,6 +361,7 @@ class Lane:
         tell(self._study, trial, ending)
         if running is not None:
             self._running.remove(running)
+            self._looked = -_POLL
             self._ended_steps.append(ending.steps)
         self._deliver_end(trial.number, checkpoints, ending, running.tuning if running else None)
         self._trials = search.counted(self._study)
@@ -389,18 +396,22 @@ class Lane:
             report = self._delivered.get()
             if report.ending is not None:
                 self._undelivered.pop(report.number).remove()
-                self._ledger.release(self._sweep.name, _subject(report.number))
+                self._ledger.let_go(self._sweep.name, [_subject(report.number)])
 
     def _leave(self) -> None:
-        """Save what is in the slots, and let go of everything: whoever comes next goes on from the disk."""
-        for running in list(self._running) if self._whole else ():
+        """Save what is in the slots, and let go of everything: whoever comes next goes on from the disk.
+
+        It does not take long, whatever is away: a storage that does not answer lets nobody take a trial either.
+        """
+        for running in self._running if self._whole else ():
             with suppress(Exception):  # the checkpoint before it is as good
-                self._save(running)
-        self._delivery.close()
-        self._collect()
-        self._ledger.spend(self._sweep.name, self._seconds)
-        for number in [*(r.number for r in self._running), *self._undelivered]:
-            self._ledger.release(self._sweep.name, _subject(number))
+                if self._ledger.may_hold(self._sweep.name, _subject(running.number)):
+                    running.checkpoints.save(running.tuning.slot.steps_done, running.tuning.state())
+        self._delivery.close(patience=2.0)
+        with suppress(Exception):
+            self._collect()
+        numbers = [*(r.number for r in self._running), *self._undelivered]
+        self._ledger.let_go(self._sweep.name, [_subject(number) for number in numbers])
 
     def _progress(self) -> SearchProgress:
         ended = [t for t in self._trials if t.state.is_finished()]

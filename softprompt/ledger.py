@@ -173,15 +173,18 @@ class Ledger:
         with self._engine.begin() as connection:
             return connection.execute(update(_leases).where(unmoved).values(mine)).rowcount == 1
 
-    def holds(self, sweep: str, subject: str) -> bool:
-        """Whether a lease is still ours: one read by its key. Once it is lost, it stays lost until it is claimed."""
+    def holds(self, sweep: str, subject: str, *, seconds: float = OUTAGE_SECONDS) -> bool:
+        """Whether a lease is still ours: one read by its key. Once it is lost, it stays lost until it is claimed.
+
+        A database that is away is waited for, for so many seconds.
+        """
         holder = select(_leases.c.holder).where(_is(sweep, subject))
 
         def read() -> bool:
             with self._engine.connect() as connection:
                 return connection.scalar(holder) == self.holder
 
-        return persist(read)
+        return persist(read, seconds)
 
     def holder_of(self, sweep: str, subject: str) -> Holder | None:
         """Who holds a lease, dead or alive; None where nobody does."""
@@ -191,6 +194,17 @@ class Ledger:
     def release(self, sweep: str, subject: str) -> None:
         """Give a lease back; nothing where it is not ours."""
         self._write(delete(_leases).where(_is(sweep, subject), _leases.c.holder == self.holder))
+
+    def may_hold(self, sweep: str, subject: str) -> bool:
+        """As `holds`, but True where the database does not say so within seconds: nobody else can claim it either."""
+        with suppress(DBAPIError):
+            return self.holds(sweep, subject, seconds=_RELEASE_SECONDS / 2)
+        return True
+
+    def let_go(self, sweep: str, subjects: Sequence[str]) -> None:
+        """Give leases back on the way out: where the database is away, they are left to be found dead."""
+        mine = and_(_leases.c.sweep == sweep, _leases.c.subject.in_(subjects), _leases.c.holder == self.holder)
+        self._write_at_the_end(delete(_leases).where(mine))
 
     def release_all(self) -> None:
         """Give every lease back at the end of a process; where the database is away, they are found dead later."""

@@ -160,7 +160,7 @@ def driving(sweep: Sweep) -> Iterator[None]:
         ledger.end_sweep(sweep.name)
         raise
     finally:
-        ledger.release(sweep.name, SWEEP)
+        ledger.let_go(sweep.name, [SWEEP])
 
 
 def close_sweep(experiment: ExperimentSpec, sweep: Sweep) -> None:

@@ -12,8 +12,8 @@ from softprompt.home import cache_home
 from softprompt.lane import Sweep, open_sweep
 from softprompt.spec import ExperimentSpec
 from softprompt.store import create_stores
-from softprompt.tracking import Tracker
-from tasks.joining import DATA, FINGERPRINT, WEIGHTS, find_sweep, identity_tags, require_same
+from softprompt.tracking import FINGERPRINT, Tracker
+from tasks.joining import DATA, WEIGHTS, find_sweep, identity_tags, require_same
 from tests.tiny import tiny_experiment
 
 OWN = {FINGERPRINT: "a" * 64, DATA: "b" * 64, WEIGHTS: "c" * 64}

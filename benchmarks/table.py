@@ -27,7 +27,9 @@ def write_docs(docs: Path, results: Path) -> None:
 def describe(results: Path) -> str:
     """The machines and the table, as Markdown."""
     read = [
-        json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for file in sorted(results.glob("*.json"))
+        json.loads(file.read_text(encoding="utf-8")) | {"file": file.name}
+        for file in sorted(results.glob("*.json"))
+        if file.stem != "lanes"
     ]
     full = sorted((record for record in read if not record.get("quick", True)), key=lambda record: record["date"])
     latest: dict[str, Record] = {record["device_type"]: record for record in full}

@@ -47,12 +47,11 @@ class LaneJob(BaseModel):
 def main() -> None:
     """Train the one job that stands on standard input; exit code 0 when nothing is left to train, 1 on an error."""
     _stop_when_told()
-    over = threading.Event()
     events = _Events(os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8"))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         job = LaneJob.model_validate_json(sys.stdin.readline())
-        threading.Thread(target=_stop_with_parent, args=(over,), daemon=True).start()
+        threading.Thread(target=_stop_with_parent, daemon=True).start()
         with watched_by(events):
             bench = Workbench(job.experiment, load_prepared(Path(job.data)))
             Lane(bench, job.sweep, on_end=events.record).run()
@@ -62,8 +61,6 @@ def main() -> None:
         traceback.print_exc()
         events.error(error)
         sys.exit(1)
-    finally:
-        over.set()
 
 
 class _Events:
@@ -111,11 +108,9 @@ def _stop_when_told() -> None:
         signal.signal(number, interrupt)
 
 
-def _stop_with_parent(over: threading.Event) -> None:
-    """Wait for the end of standard input; then, unless the work is over, stop, and after a grace period be gone."""
+def _stop_with_parent() -> None:
+    """Wait for the end of standard input; then stop, and after a grace period be gone."""
     sys.stdin.read()
-    if over.is_set():
-        return
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

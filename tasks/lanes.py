@@ -124,10 +124,12 @@ class _Lane:
 
     def close(self) -> int:
         """Wait for its end; its exit code, or the signal as a negative number."""
+        code = self.process.wait()
         assert self.process.stdin is not None
+        # Not before: for the lane, that would be our own end.
         with suppress(BrokenPipeError):
             self.process.stdin.close()
-        return self.process.wait()
+        return code
 
 
 class _Crew:

@@ -177,10 +177,11 @@ def parent(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
         try:
             assert process.stdout is not None
-            waiting = {0, 1}
+            training: set[str] = set()
             for line in process.stdout:
-                waiting -= {n for n in waiting if f"trial {n}: " in line and "rung 1 " in line}
-                if not waiting:
+                if "rung 1 " in line:
+                    training.add(line.partition(":")[0])
+                if len(training) == 2:
                     break
             yield process
         finally:

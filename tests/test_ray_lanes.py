@@ -26,5 +26,6 @@ def test_a_sweep_trains_its_trials_on_ray(
 
     execution = {"device": "cpu", "lanes": 2, "ray": "local"}
     result = sweep(tiny_experiment(tmp_path, name="tiny-ray", budget={"trials": 3}, execution=execution))
-    assert sorted(record.number for record in result.trials) == [0, 1, 2]
+    assert len({record.number for record in result.trials}) == len(result.trials) == 3
+    assert {record.outcome for record in result.trials} <= {"finished", "pruned"}
     assert result.decision.version == 1

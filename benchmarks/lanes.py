@@ -67,7 +67,7 @@ def with_table(page: str, record: dict[str, Any]) -> str:
 
 def measure(folder: Path) -> dict[str, Any]:
     """One sweep for each number of lanes."""
-    from softprompt.store import create_stores
+    from softprompt.storage import create_stores
 
     create_stores()
     found = {}

@@ -39,7 +39,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from softprompt.database import (
     OUTAGE_SECONDS,
@@ -197,7 +197,7 @@ class Ledger:
 
     def may_hold(self, sweep: str, subject: str) -> bool:
         """As `holds`, but True where the database does not say so within seconds: nobody else can claim it either."""
-        with suppress(DBAPIError):
+        with suppress(SQLAlchemyError):
             return self.holds(sweep, subject, seconds=_RELEASE_SECONDS / 2)
         return True
 
@@ -207,10 +207,13 @@ class Ledger:
         self._write_at_the_end(delete(_leases).where(mine))
 
     def release_all(self) -> None:
-        """Give every lease back at the end of a process; where the database is away, they are found dead later."""
+        """Give every lease back, at the end of a process: where the database is away, they are left to be found dead."""
+        self._write_at_the_end(delete(_leases).where(_leases.c.holder == self.holder))
+
+    def _write_at_the_end(self, change: Delete) -> None:
         try:
-            self._write(delete(_leases).where(_leases.c.holder == self.holder), _RELEASE_SECONDS)
-        except DBAPIError as error:
+            self._write(change, _RELEASE_SECONDS)
+        except SQLAlchemyError as error:
             if not is_transient(error):
                 raise
 

@@ -204,15 +204,8 @@ class Ledger:
     def let_go(self, sweep: str, subjects: Sequence[str]) -> None:
         """Give leases back on the way out: where the database is away, they are left to be found dead."""
         mine = and_(_leases.c.sweep == sweep, _leases.c.subject.in_(subjects), _leases.c.holder == self.holder)
-        self._write_at_the_end(delete(_leases).where(mine))
-
-    def release_all(self) -> None:
-        """Give every lease back, at the end of a process: where the database is away, they are left to be found dead."""
-        self._write_at_the_end(delete(_leases).where(_leases.c.holder == self.holder))
-
-    def _write_at_the_end(self, change: Delete) -> None:
         try:
-            self._write(change, _RELEASE_SECONDS)
+            self._write(delete(_leases).where(mine), _RELEASE_SECONDS)
         except SQLAlchemyError as error:
             if not is_transient(error):
                 raise

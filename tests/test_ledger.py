@@ -215,7 +215,7 @@ def test_leases_are_given_back_by_who_has_them(url: str):
     assert mine.leased("another") == []
     mine.release(SWEEP, "sweep")
     assert sorted(mine.leased(SWEEP)) == ["trial 1", "trial 2"]
-    mine.release_all()
+    mine.let_go(SWEEP, ["trial 1", "trial 2"])
     assert mine.leased(SWEEP) == ["trial 2"]
     assert not mine.holds(SWEEP, "trial 1")
 
@@ -290,4 +290,5 @@ def test_the_end_of_a_process_does_not_wait_for_a_database(monkeypatch: pytest.M
         assert ledger.claim(SWEEP, "trial 3")
         with ledger.beating():
             server.stop()
-            ledger.release_all()
+            ledger.let_go(SWEEP, ["trial 3"])
+            assert ledger.may_hold(SWEEP, "trial 3"), "nobody else can have it"

@@ -138,6 +138,7 @@ class _Crew:
     def __init__(self, experiment: ExperimentSpec, on_end: Callable[[TrialRecord], None]) -> None:
         self._lanes: list[_Lane] = []
         self._alive: list[_Lane] = []
+        self._stopping = False
         # By the clock where time is the budget, and then it is the same for one lane as for many.
         self._shares_time = experiment.budget.minutes is None
         self._on_end = on_end
@@ -190,7 +191,7 @@ class _Crew:
     def _end(self, lane: _Lane) -> None:
         code = lane.close()
         self._alive.remove(lane)
-        if code == 0:
+        if code == 0 or self._stopping:
             return
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         lane.error = lane.error or RuntimeError(f"lane {lane.number} {how}; its log is {lane.log}")
@@ -220,6 +221,7 @@ class _Crew:
 
     def stop(self) -> None:
         """Tell all lanes to stop, show what they still say, and end those that do not come to an end."""
+        self._stopping = True
         try:
             for lane in self._alive:
                 lane.signal(signal.SIGTERM)

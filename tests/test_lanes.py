@@ -146,7 +146,8 @@ def test_an_error_here_ends_the_lanes(tmp_path: Path):
     seen: list[psutil.Process] = []
 
     def stop(text: str) -> None:
-        if "rung 1" in text:
+        opened.said.append(text)
+        if "rung 1" in text and not seen:
             seen.extend(lanes_of(os.getpid()))
             raise KeyboardInterrupt
 
@@ -154,6 +155,7 @@ def test_an_error_here_ends_the_lanes(tmp_path: Path):
         run_lanes(opened.experiment, opened.data.path, opened.sweep, on_end=opened.records.append)
     assert len(seen) == 2
     assert not any(lane.is_running() for lane in seen)
+    assert not [line for line in opened.said if "failed" in line or "ended" in line], "who was stopped did not fail"
 
 
 RUN = """

@@ -464,10 +464,10 @@ def test_no_trial_that_finishes_is_a_clear_failure(tmp_path):
     state: State = sweep(broken, return_state=True)
     with pytest.raises(UserError, match=r"no trial of tiny-nan-[-\w]+ finished; look at the reasons"):
         state.result()
-    assert mlflow_statuses(broken) == {"FAILED", "KILLED"}  # the trials; the sweep, which can go on
+    assert mlflow_statuses(broken) == {"FAILED"}
 
 
-def test_an_interrupt_leaves_nothing_open(experiment, tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupt_leaves_nothing_running_and_the_next_start_goes_on(tmp_path, monkeypatch: pytest.MonkeyPatch):
     stopped = tiny_experiment(tmp_path, name="tiny-stopped")
     real = training.step
 
@@ -476,11 +476,15 @@ def test_an_interrupt_leaves_nothing_open(experiment, tmp_path, monkeypatch: pyt
             raise KeyboardInterrupt
         return real(backbone, slots, passes)
 
-    monkeypatch.setattr("softprompt.lane.step", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("softprompt.lane.step", interrupt)
         sweep(stopped)
     assert "RUNNING" not in mlflow_statuses(stopped)
     (name,) = {
         r.data.tags["optuna.study"] for r in MlflowClient(tracking_uri()).search_runs([Tracker(stopped).experiment_id])
     }
-    assert {t.state.name for t in load_study(name, study_store(), stopped).trials} == {"FAIL"}
+    assert [t.state.name for t in load_study(name, study_store(), stopped).trials] == ["RUNNING"]
+    result = sweep(stopped)
+    assert (result.sweep.name, result.sweep.resumed, result.decision.version) == (name, True, 1)
+    assert len(result.trials) == stopped.budget.trials
+    assert mlflow_statuses(stopped) <= {"FINISHED", "KILLED"}

@@ -33,6 +33,7 @@ from tests.tiny import tiny_experiment
 
 PARAMS = {"length": 4, "initialization": "labels", "learning_rate": 0.1}
 ROWS = [{"text": "a great and moving film"}, {"text": "a dull waste of time"}]
+_studies = count()
 _names = (f"registered-{n}" for n in count())
 
 
@@ -60,7 +61,7 @@ def enter(bench: Workbench, prompt: SoftPrompt, tmp_path_factory) -> Callable[..
     tracker = Tracker(bench.experiment)
 
     def entered(name: str, metrics: Metrics | None = None) -> int:
-        run_id = tracker.start_sweep(name, bench.experiment, bench.data, {})
+        run_id = tracker.start_sweep(f"{name}-{next(_studies)}", bench.experiment, bench.data, {})
         return register(name, run_id, folder, metrics or right(7))
 
     return entered
@@ -137,7 +138,7 @@ def test_a_challenger_that_was_compared_with_another_champion_waits(enter, measu
 def test_what_is_registered_and_decided_again_is_as_it_was(bench, enter, prompt, tmp_path):
     name = next(_names)
     decide(name, enter(name), right(1), None)
-    run_id = Tracker(bench.experiment).start_sweep(name, bench.experiment, bench.data, {})
+    run_id = Tracker(bench.experiment).start_sweep(f"{name}-again", bench.experiment, bench.data, {})
     versions = [register(name, run_id, prompt.save(tmp_path / f"{n}"), right(7)) for n in range(2)]
     decisions = [decide(name, version, right(7), right(1), measured=1) for version in versions]
     assert versions == [2, 2]

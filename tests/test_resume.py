@@ -375,7 +375,7 @@ def test_passes_become_as_small_as_they_had_become(bench: Callable[[str], Workbe
         ({"pass_tokens": 0}, {}, "pass_tokens"),
         ({"history": ["train_loss"]}, {}, "entries of metrics beside its 1 names"),
         ({"best": None}, {}, "the best must have the tensors"),
-        ({"best": {"step": 3, "metrics": ["rows", "accuracy"]}}, {}, r"the best must have 2 numbers, found \[6\]"),
+        ({"best": {"step": 3, "metrics": ["rows", "accuracy"]}}, {}, r"the best must have 2 numbers, found \[\d\]"),
         ({}, {"best.vectors": None}, "the best must have the tensors"),
         ({}, {"best.vectors": torch.zeros(5, 32)}, "the best vectors must be"),
         ({}, {"other": torch.zeros(1)}, "neither of the slot, nor of the history, nor of the best"),

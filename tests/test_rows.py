@@ -132,8 +132,9 @@ def test_a_dataset_in_the_hub_s_layout(tmp_path: Path, monkeypatch: pytest.Monke
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "reviews"
-    folder.mkdir()
+    monkeypatch.chdir(tmp_path)  # where there is no hub, `datasets` takes an id for a folder
+    folder = Path("somebody", "reviews")
+    folder.mkdir(parents=True)
     write(folder, "train.csv", "text,label\nfine,1\n")
     data = HubData(id=str(folder), revision="main")
     assert list(read_hub(data, "train")) == [(f"{folder}/train:1", {"text": "fine", "label": 1})]

@@ -146,7 +146,9 @@ def test_labels_and_texts_are_not_measured_by_each_other(bench, prompt, tmp_path
 
 
 def test_free_text_has_no_words_to_start_from(bench):
-    with pytest.raises(UserError, match=r"no initialization 'labels'; use one of uniform, normal, vocabulary, text$"):
+    with pytest.raises(
+        UserError, match=r"no initialization 'labels'; use one of uniform, normal, vocabulary, text, prompt$"
+    ):
         bench.start(PARAMS | {"initialization": "labels"}, seed=[0])
 
 

@@ -153,7 +153,7 @@ class LabelsInit(Kind):
     kind: Literal["labels"] = "labels"
 
 
-class PromptInit(Spec):
+class PromptInit(Kind):
     """The vectors of a prompt that is there, cut to the length or filled up from the common vocabulary."""
 
     kind: Literal["prompt"] = "prompt"

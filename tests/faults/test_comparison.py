@@ -124,7 +124,7 @@ def test_another_trial_and_another_sweep_are_found(swept):
 def test_a_lost_prompt_and_a_leftover_file_are_found(swept):
     folder = Path(mlflow.artifacts.download_artifacts(run_id=swept.trial.info.run_id, tracking_uri=tracking_uri()))
     next(folder.rglob("adapter_model.safetensors")).unlink()
-    (state_home() / "sweeps").mkdir()
+    (state_home() / "sweeps").mkdir(exist_ok=True)
     (state_home() / "sweeps" / "00000006.safetensors").touch()
     lost, doubled = swept.difference.lost, swept.difference.doubled
     assert [fact[:3] for fact in lost] == [

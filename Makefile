@@ -26,8 +26,8 @@ sweep: $(READY) ## Search, train, evaluate and register (EXPERIMENT=file.yaml, A
 ui: $(READY) ## Serve MLflow, Prefect and the Optuna dashboard over the local state
 	@$(BIN)/softprompt ui $(ARGS)
 
-test: $(READY) ## Run the tests (ARGS="-k name")
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## Run the tests, on all cores (ARGS="-k name")
+	@$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-real: $(READY) ## Run the default flow on the real model, with a tiny budget
 	@$(BIN)/python -m pytest -m real --timeout 900 $(ARGS)

@@ -112,10 +112,11 @@ class Site:
                 time.sleep(0.25)
         raise AssertionError("the server did not answer")
 
-    def create_pool(self) -> None:
+    def create_pools(self) -> None:
         """As the head of prefect.yaml says."""
         self.prefect("work-pool", "create", "softprompt", "--type", "process")
         self.prefect("work-queue", "create", "search", "--pool", "softprompt", "--limit", "1")
+        self.prefect("work-pool", "create", "softprompt-lanes", "--type", "process")
 
     def await_completed(
         self, deployment: str, log: Path, wanted: Callable[[dict[str, Any]], bool] = lambda run: True
@@ -155,7 +156,7 @@ def test_launched_and_scheduled_runs_complete_on_a_worker(tmp_path: Path):
     experiment = tiny_experiment(tmp_path / "tiny", budget={"trials": 1}).model_dump(mode="json")
     with site.running("server", "start"):
         site.await_health()
-        site.create_pool()
+        site.create_pools()
         file = _every_minute(tmp_path, "nightly-sweep", experiment)
         site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(file))
         site.prefect("deployment", "run", "sweep/sweep", "--params", json.dumps({"experiment": experiment}))
@@ -188,7 +189,7 @@ def test_scheduled_retunes_end_early_without_new_rows_and_tell_drift_with_them(
     _make_champion(experiment)
     with site.running("server", "start"):
         site.await_health()
-        site.create_pool()
+        site.create_pools()
         file = _every_minute(tmp_path, "nightly-retune", experiment.model_dump(mode="json"))
         site.prefect("deploy", "--all", "--no-prompt", "--prefect-file", str(file))
         _check_one_at_a_time(site)

@@ -123,7 +123,7 @@ def measure(subject: Subject, sizes: Sizes) -> dict[str, Any]:
 
     create_stores()
     with watched_by(Lines(lambda text: None)), bench.course.watch.running():
-        Lane(bench, begin_sweep(bench, {}), on_end=take_turn).run()
+        Lane(bench, begin_sweep(bench, {}, new=True), on_end=take_turn).run()
     slots = choose_slots(bench).slots
     return {"rungs": bench.experiment.rungs, "rows": sizes.trial_rows, "slots": slots, **_compare(courses)}
 

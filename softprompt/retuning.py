@@ -163,8 +163,8 @@ def _fits(search: dict[str, Any], point: dict[str, Any]) -> bool:
 
 
 def _is_one_of(own: dict[str, Any], tried: dict[str, Any]) -> bool:
-    """Whether a point that is tried says all that a starting point says; what that one leaves open is null."""
-    return all(value is None or tried.get(name) == value for name, value in own.items())
+    """Whether a point that is tried says all that a starting point says; what that one leaves open is null or empty."""
+    return all(value in (None, {}) or tried.get(name) == value for name, value in own.items())
 
 
 def _dataset(prompt: SoftPrompt) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 PYTHON ?= python3
 EXPERIMENT ?= experiments/movie-sentiment.yaml
 ARGS ?=
+# Processes that run the tests, which wait for servers and clocks much of the time.
+JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -27,7 +29,7 @@ ui: $(READY) ## Serve MLflow, Prefect and the Optuna dashboard over the local st
 	@$(BIN)/softprompt ui $(ARGS)
 
 test: $(READY) ## Run the tests, on all cores (ARGS="-k name")
-	@$(BIN)/python -m pytest -n auto $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-real: $(READY) ## Run the default flow on the real model, with a tiny budget
 	@$(BIN)/python -m pytest -m real --timeout 900 $(ARGS)

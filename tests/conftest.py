@@ -42,6 +42,16 @@ os.environ.update(
 )
 
 
+_LONG = ("deployments", "cli", "delivery", "secrets", "lanes", "retune", "flows")
+"""Files whose tests wait for servers and clocks: begun first, so that none of them is the last to end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; everything else stays in its order."""
+    places = {f"test_{name}": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port on which nothing listens."""

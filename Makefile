@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXPERIMENT ?= experiments/movie-sentiment.yaml
 ARGS ?=
 # Processes that run the tests, which wait for servers and clocks much of the time.
-JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); [ $$cores -lt 4 ] && expr $$cores + 1 || echo 4)
 
 BIN := .venv/bin
 READY := .venv/.ready

@@ -35,7 +35,9 @@ class Stop:
 def stoppable(grace: float = GRACE) -> Iterator[Stop]:
     """Hold signals back inside the block; a second one, or the end of the grace period, interrupts it at once.
 
-    Signals reach the main thread alone: in another one, nothing is held back, and nothing is ever asked.
+    Signals reach the main thread alone: in another one, nothing is held back, and nothing is ever asked. A signal that
+    the process ignores, as one in the background of a script does, stays ignored. Work that was asked to stop never
+    goes on: where the signal itself ends nothing, KeyboardInterrupt is raised.
     """
     stop, held = Stop(), list[tuple[int, FrameType | None]]()
     if threading.current_thread() is not threading.main_thread():
@@ -52,7 +54,8 @@ def stoppable(grace: float = GRACE) -> Iterator[Stop]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before: dict[int, Any] = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, hold) for number in heard}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, interrupt)
     try:
         yield stop
@@ -62,3 +65,5 @@ def stoppable(grace: float = GRACE) -> Iterator[Stop]:
             signal.signal(number, handler)
         for number, _ in held:
             signal.raise_signal(number)
+        if held:
+            raise KeyboardInterrupt

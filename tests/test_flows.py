@@ -63,6 +63,11 @@ def only(state: State) -> FlowRunFilter:
     return FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
 
 
+STATE = ("mlruns", "mlflow.db", ".softprompt")
+BEFORE = {name for name in STATE if (Path.cwd() / name).exists()}
+"""What a user's own sweeps have left in the working directory."""
+
+
 def task_runs(state: State) -> list[TaskRun]:
     """The task runs of a flow run, in the order of their begin."""
     with get_client(sync_client=True) as client:
@@ -156,7 +161,7 @@ def test_a_second_sweep_of_one_seed_finds_the_same_and_keeps_the_champion(swept,
 
 
 def test_the_working_directory_stays_clean(swept_again):
-    assert not any((Path.cwd() / name).exists() for name in ("mlruns", "mlflow.db", ".softprompt"))
+    assert {name for name in STATE if (Path.cwd() / name).exists()} == BEFORE
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 

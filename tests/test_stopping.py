@@ -6,11 +6,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from softprompt.stopping import Stop, stoppable
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Whoever starts the tests in the background has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def run(work: Callable[[Stop], None], **how: float) -> None:
@@ -34,15 +42,29 @@ def test_ctrl_c_asks_first_and_interrupts_when_the_block_is_left():
 def test_what_handled_sigterm_before_handles_it_afterwards():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+
+    def work(stop: Stop) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        assert (stop.requested, seen) == (True, [])
+
     try:
-        with stoppable() as stop:
-            signal.raise_signal(signal.SIGTERM)
-            assert (stop.requested, seen) == (True, [])
+        with pytest.raises(KeyboardInterrupt):  # what was asked to stop does not go on
+            run(work)
         assert seen == [signal.SIGTERM]
         signal.raise_signal(signal.SIGTERM)
         assert len(seen) == 2
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stoppable() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_signal_interrupts_at_once():

@@ -54,22 +54,7 @@ def serve_postgres(folder: Path, port: int) -> Iterator[str]:
         password.touch(mode=0o600)
         password.write_text(secrets.token_urlsafe(24))
         _give(password, owner)
-    if not (data / "PG_VERSION").exists():
-        shutil.rmtree(data, ignore_errors=True)
-        made = (
-            "-D",
-            str(data),
-            "-U",
-            USER,
-            "-A",
-            "scram-sha-256",
-            "-E",
-            "UTF8",
-            "--locale=C",
-            "--pwfile",
-            str(password),
-        )
-        _require(subprocess.run([programs / "initdb", *made], user=owner, cwd=folder, capture_output=True, text=True))
+    _make_data(programs, data, password, owner)
     options = ("-D", str(data), "-p", str(port), "-h", "127.0.0.1", "-k", "")
     with log.open("wb") as stream:
         server = subprocess.Popen(
@@ -93,6 +78,16 @@ def serve_postgres(folder: Path, port: int) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _make_data(programs: Path, data: Path, password: Path, owner: str | None) -> None:
+    """The data folder of a server, if it is not there; what an interrupted start has left of one is removed."""
+    if (data / "PG_VERSION").exists():
+        return
+    shutil.rmtree(data, ignore_errors=True)
+    access = ("-U", USER, "-A", "scram-sha-256", "--pwfile", str(password))
+    command = [str(programs / "initdb"), "-D", str(data), *access, "-E", "UTF8", "--locale=C"]
+    _require(subprocess.run(command, user=owner, cwd=data.parent, capture_output=True, text=True))
 
 
 def make_databases(address: str) -> None:

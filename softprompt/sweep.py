@@ -63,7 +63,6 @@ def begin_sweep(bench: Workbench, tags: Mapping[str, str], *, new: bool = False)
         abandon(row)
         ledger.end_sweep(row.name)
         shutil.rmtree(checkpoint_home() / row.name, ignore_errors=True)
-        ledger.release(row.name, SWEEP)
     # Two sweeps may begin in one second.
     name = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
     row = SweepRow(name=name, experiment=experiment.name, identity=identity, run_id="", seconds=0.0)

@@ -30,7 +30,7 @@ _ENDING = "ending"
 
 
 def tell(study: optuna.Study, trial: optuna.Trial, ending: Ending) -> None:
-    """Tell the study how a trial ended; told again, it is as it was."""
+    """Tell the study how a trial ended, which it lets nobody tell a second time: UpdateFinishedTrialError."""
     trial.set_user_attr(_ENDING, ending.model_dump(mode="json"))
     if ending.val_loss is not None:
         trial.set_user_attr(search.VAL_LOSS, ending.val_loss)

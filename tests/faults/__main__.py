@@ -23,6 +23,7 @@ def main() -> int:
     session.chmod(0o711)  # PostgreSQL runs as another user, in a folder below
     (session / "tmp").mkdir()
     tempfile.tempdir = os.environ["TMPDIR"] = str(session / "tmp")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by who was started in the background
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the session's folder is removed at exit
     warnings.simplefilter("ignore")
     import pyarrow

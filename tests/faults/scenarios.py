@@ -6,6 +6,7 @@ A scenario is given a case: what all share, its own state and random stream, and
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import random
@@ -21,6 +22,8 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from softprompt.workbench import Workbench
 from tests.faults import hooks, services, subject
@@ -424,13 +427,18 @@ def _stop_between_transactions(child: Child, state: Path) -> None:
     """Stop a process where it holds no lock of a SQLite file: with one, nobody could go on, whatever they do."""
     while True:
         child.send(signal.SIGSTOP)
+        while psutil.Process(child.pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.001)
         try:
             for file in state.glob("*.db"):
                 with closing(sqlite3.connect(file, timeout=0.05)) as connection:
-                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute("BEGIN EXCLUSIVE")  # a reader, too, stops whoever wants to write
                     connection.rollback()
+            for file in state.glob("*.db.lock"):
+                with file.open() as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except sqlite3.OperationalError:
+        except (sqlite3.OperationalError, BlockingIOError):
             child.send(signal.SIGCONT)
             time.sleep(0.01)
 
